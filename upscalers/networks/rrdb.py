@@ -79,7 +79,7 @@ class RRDBNet(nn.Module):
             raise ValueError(f"an RRDBNet of scale {scale} with unshuffle {unshuffle}: both must be powers of two")
         self.scale, self.unshuffle, self.doublings = scale, unshuffle, doublings
         self.fold = nn.PixelUnshuffle(unshuffle)
-        self.double = nn.Upsample(scale_factor=2, mode="nearest")
+        self.upsample = nn.Upsample(scale_factor=2, mode="nearest")
         self.conv_first = nn.Conv2d(num_in_ch * unshuffle**2, num_feat, 3, padding=1)
         self.body = nn.Sequential(*(RRDB(num_feat, num_grow_ch) for _ in range(num_block)))
         self.conv_body = nn.Conv2d(num_feat, num_feat, 3, padding=1)
@@ -97,7 +97,7 @@ class RRDBNet(nn.Module):
         features = self.conv_first(self.fold(x))
         features = features + self.conv_body(self.body(features))
         for convolution in self.up_convolutions:
-            features = functional.leaky_relu(convolution(self.double(features)), 0.2)
+            features = functional.leaky_relu(convolution(self.upsample(features)), 0.2)
         return self.conv_last(functional.leaky_relu(self.conv_hr(features), 0.2))
 
     def longest_path(self) -> Iterator[nn.Module]:
@@ -106,7 +106,7 @@ class RRDBNet(nn.Module):
         yield from (module for module in self.body.modules() if isinstance(module, nn.Conv2d))
         yield self.conv_body
         for convolution in self.up_convolutions:
-            yield from (self.double, convolution)
+            yield from (self.upsample, convolution)
         yield from (self.conv_hr, self.conv_last)
 
 
