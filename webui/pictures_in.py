@@ -1,0 +1,68 @@
+"""Pictures that clients send: from base64 or a file to a `PIL.Image`, within limits. Nothing is ever fetched.
+
+The size is read from the header before a single pixel is decoded, so a bomb costs nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+from diptych.errors import ImageError
+from diptych.webui.settings import Limits
+
+_DATA_URL = re.compile(r"data:[\w./+-]*(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+_UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, ArithmeticError, struct.error)
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+
+
+def decode_base64(text: str, limits: Limits, what: str = "the picture") -> Image.Image:
+    """A picture from base64, with or without a `data:` prefix. Raises ImageError with a sentence about `what`."""
+    text = text.strip()
+    if re.match(r"[a-z][a-z0-9+.-]*://", text, re.IGNORECASE):
+        raise ImageError(f"{what} is an address: addresses are never fetched; send the picture itself in base64")
+    prefix = _DATA_URL.match(text[:200])
+    try:
+        data = base64.b64decode(text[prefix.end() :] if prefix else text, validate=False)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{what} is not valid base64 ({error}): encode the whole picture file") from error
+    return open_picture(io.BytesIO(data), limits, what)
+
+
+def open_picture(source: Path | io.BytesIO, limits: Limits, what: str = "the picture") -> Image.Image:
+    """A picture, decoded. Raises ImageError if it is none, is damaged, or has more pixels than the limit."""
+    picture = open_header(source, limits, what)
+    try:
+        picture.load()
+    except _UNREADABLE as error:
+        raise _unreadable(what) from error
+    return picture
+
+
+def open_header(source: Path | io.BytesIO, limits: Limits, what: str = "the picture") -> Image.Image:
+    """A picture whose pixels are not decoded yet. Raises ImageError if it is none or has too many pixels."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the check below decides
+            picture = Image.open(source, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{what} is over the limit of {limits.picture_pixels:,} pixels: scale it down") from error
+    except _UNREADABLE as error:
+        raise _unreadable(what) from error
+    if picture.width * picture.height > limits.picture_pixels:
+        raise ImageError(
+            f"{what} has {picture.width} x {picture.height} pixels, and at most {limits.picture_pixels:,} are taken: "
+            "scale it down"
+        )
+    return picture
+
+
+def _unreadable(what: str) -> ImageError:
+    return ImageError(f"{what} cannot be read as one of {', '.join(FORMATS)}: is the file whole?")
