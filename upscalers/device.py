@@ -93,3 +93,16 @@ def _onednn_may_use_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and (
         limit in ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16") or "AMX" in limit or "AVX10" in limit
     )
+
+
+def tile_pixels(device: torch.device) -> int:
+    """How many input pixels one call of a network should get, halos included."""
+    return 1 << 20 if device.type == "cuda" else 1 << 16
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, numpy or Python raised `error` because memory ran out, on whatever device and torch."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):  # torch.OutOfMemoryError, by its older name
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "out of memory" in text)
