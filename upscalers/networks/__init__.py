@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from diptych.errors import CheckpointError, UnknownArchitecture
+from diptych.errors import UnknownArchitecture
 
 from .descriptor import Architecture, Network, StateDict, receptive_radius
+from .other import load_with_spandrel
 from .rrdb import RRDB_ARCHITECTURE, RRDBNet
 from .srvgg import SRVGG, SRVGGNetCompact
 
@@ -22,11 +23,19 @@ ARCHITECTURES: tuple[Architecture, ...] = (SRVGG, RRDB_ARCHITECTURE)
 def load_network(state_dict: StateDict, **known: Any) -> Network:
     """The network that `state_dict` belongs to, with its weights.
 
-    `known`: hyperparameters that shapes cannot tell, such as the `act_type` of a config.json.
-    Raises UnknownArchitecture when no architecture fits, CheckpointError when the weights cannot be used.
+    `known`: hyperparameters that shapes cannot tell, such as the `act_type` of a config.json. Where none of
+    `ARCHITECTURES` fits, spandrel is asked if it is installed.
+    Raises UnknownArchitecture when nothing fits, CheckpointError when the weights cannot be used.
     """
+    fitting = "; ".join(f"{architecture.name} ({architecture.keys})" for architecture in ARCHITECTURES)
+    refusal = UnknownArchitecture(f"the weights fit no network known here, which are: {fitting}")
     for architecture in ARCHITECTURES:
         if architecture.detect(state_dict):
-            return architecture.load(state_dict, **known)
-    fitting = "; ".join(f"{architecture.name} ({architecture.keys})" for architecture in ARCHITECTURES)
-    raise UnknownArchitecture(f"the weights fit no network known here: {fitting}")
+            try:
+                return architecture.load(state_dict, **known)
+            except UnknownArchitecture as error:  # a relative of this family, perhaps known to spandrel
+                refusal = error
+    network = load_with_spandrel(state_dict)
+    if network is None:
+        raise refusal
+    return network

@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from diptych.errors import CheckpointError, UnknownArchitecture
 
@@ -73,28 +75,44 @@ class Architecture:
         """The network that `state_dict` describes, with its weights in fp32.
 
         `known` are hyperparameters from elsewhere (a config.json); the others are read from the shapes.
-        Raises UnknownArchitecture when names or shapes do not fit, CheckpointError when a weight is not a finite number.
+        Raises UnknownArchitecture when names or shapes do not fit, CheckpointError when a weight is not finite.
         """
         layout = next((layout for layout in self.layouts if layout.fits(state_dict)), None)
         if layout is None:
             raise UnknownArchitecture(f"the weights do not fit {self.name}, which holds {self.keys}")
         weights = layout.rename(state_dict)
+        lacking = [key for key in self.layouts[0].required if key not in weights]
+        if lacking:
+            raise UnknownArchitecture(f"the weights look like {self.name} but lack {lacking[0]!r}")
+        _check_size(weights)
         hyperparameters = {**self.infer(weights), **known}
         # On the meta device first: what the shapes promise is compared with what the file holds before memory is spent.
-        with torch.device("meta"):
-            module = self.build(**hyperparameters)
+        try:
+            with torch.device("meta"), _SkipInit():
+                module = self.build(**hyperparameters)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UnknownArchitecture(f"the weights look like {self.name}, but misshapen ({error})") from error
         check_fit(self.name, module, weights)
         module.load_state_dict({key: _finite_fp32(key, weight) for key, weight in weights.items()}, assign=True)
         return self.describe(module.eval(), hyperparameters)
 
 
+class _SkipInit(TorchFunctionMode):
+    """Leaves out all in-place work, with which modules start their weights: on the meta device it is slow and void."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        return args[0] if args and name.endswith("_") and not name.endswith("__") else func(*args, **(kwargs or {}))
+
+
 def check_fit(name: str, module: nn.Module, weights: StateDict) -> None:
     """Raises UnknownArchitecture unless `weights` has exactly the names and shapes of `module`."""
     expected = module.state_dict()
-    for what, keys in (("lack", expected.keys() - weights.keys()), ("have an unknown", weights.keys() - expected.keys())):
-        if keys:
-            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
-            raise UnknownArchitecture(f"the weights look like {name} but {what} {min(keys)!r}{more}")
+    missing, unknown = sorted(expected.keys() - weights.keys()), sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        what, keys = ("lack", missing) if missing else ("have an unknown", unknown)
+        more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+        raise UnknownArchitecture(f"the weights look like {name} but {what} {keys[0]!r}{more}")
     for key, weight in weights.items():
         if weight.shape != expected[key].shape:
             raise UnknownArchitecture(
@@ -103,11 +121,18 @@ def check_fit(name: str, module: nn.Module, weights: StateDict) -> None:
             )
 
 
+def _check_size(weights: StateDict) -> None:
+    """Raises CheckpointError when many weights are views of the same few bytes, as no training leaves them."""
+    storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in weights.values()}
+    if sum(weight.numel() * weight.element_size() for weight in weights.values()) > 4 * sum(storages.values()):
+        raise CheckpointError("its weights claim several times the memory that the file holds: the file is damaged")
+
+
 def _finite_fp32(key: str, weight: torch.Tensor) -> torch.Tensor:
     if not weight.is_floating_point():
         raise CheckpointError(f"the weight {key!r} holds {weight.dtype}, not floating point numbers")
     weight = weight.detach().to(torch.float32, copy=True).contiguous()
-    if not torch.isfinite(weight).all():
+    if not np.isfinite(weight.numpy()).all():
         raise CheckpointError(f"the weight {key!r} holds NaN or infinity: the training that made it had failed")
     return weight
 

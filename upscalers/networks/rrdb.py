@@ -1,7 +1,7 @@
 """RRDBNet, the large network of ESRGAN and Real-ESRGAN: residual blocks of densely connected convolutions.
 
-Wang et al., "ESRGAN" (2018) and "Real-ESRGAN" (2021). Trainable; key names are Real-ESRGAN's (`body.0.rdb1.conv1.weight`,
-...). Files with ESRGAN's two older key styles are renamed while they are read; nothing writes those.
+Wang et al., "ESRGAN" (2018) and "Real-ESRGAN" (2021). Trainable; key names are Real-ESRGAN's
+(`body.0.rdb1.conv1.weight`, ...). ESRGAN's two older key styles are renamed while they are read; nothing writes them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RRDB(nn.Module):
 class RRDBNet(nn.Module):
     """(N, num_in_ch, H, W) in 0..1 -> (N, num_out_ch, H * scale, W * scale); H, W multiples of `unshuffle`.
 
-    The picture is first folded by `unshuffle` (each cell of pixels becomes channels), then doubled as often as it takes.
+    The picture is first folded by `unshuffle` (cells of pixels become channels), then doubled as often as it takes.
     None: Real-ESRGAN's rule, 2 at scale 2 and 4 at scale 1; ESRGAN's older networks of these scales have 1.
     """
 
@@ -110,15 +110,25 @@ class RRDBNet(nn.Module):
         yield from (self.conv_hr, self.conv_last)
 
 
+_TRUNK_KEYS = (
+    "conv_first.weight",
+    "body.0.rdb1.conv1.weight",
+    "conv_body.weight",
+    "conv_hr.weight",
+    "conv_last.weight",
+)
 _ESRGAN_NAMES = {"RRDB_trunk": "body", "trunk_conv": "conv_body", "HRconv": "conv_hr"}
 
 
 def _from_esrgan(weights: StateDict) -> dict[str, torch.Tensor]:
     """`RRDB_trunk.0.RDB1.conv1.weight`, `trunk_conv`, `upconv1`, `HRconv` -> official names."""
-    return {
-        ".".join(_ESRGAN_NAMES.get(part, re.sub("^upconv", "conv_up", part).replace("RDB", "rdb")) for part in key.split(".")): weight
-        for key, weight in weights.items()
-    }
+
+    def rename(key: str) -> str:
+        stem, dot, rest = key.partition(".")
+        stem = _ESRGAN_NAMES.get(stem, re.sub("^upconv", "conv_up", stem))
+        return stem + dot + rest.replace("RDB", "rdb")
+
+    return {rename(key): weight for key, weight in weights.items()}
 
 
 def _from_old_esrgan(weights: StateDict) -> dict[str, torch.Tensor]:
@@ -127,19 +137,18 @@ def _from_old_esrgan(weights: StateDict) -> dict[str, torch.Tensor]:
     The numbers are places in a flat list: first, trunk, then upsample, convolution, activation for each doubling, then
     the last two convolutions with an activation between them.
     """
-    trunk = sorted({int(key.split(".")[3]) for key in weights if re.match(r"model\.1\.sub\.\d{1,6}\.", key)})
-    places = sorted({int(key.split(".")[1]) for key in weights if re.match(r"model\.\d{1,6}\.(weight|bias)$", key)} - {0})
-    names = {"model.0": "conv_first"}
-    if trunk:
-        names[f"model.1.sub.{trunk[-1]}"] = "conv_body"
-    names.update({f"model.{place}": f"conv_up{number}" for number, place in enumerate(places[:-2], 1)})
-    names.update({f"model.{place}": name for place, name in zip(places[-2:], ("conv_hr", "conv_last"), strict=False)})
+
+    flat = sorted(int(match[1]) for key in weights if (match := re.fullmatch(r"model\.(\d{1,6})\.weight", key)))
+    if len(flat) < 3:
+        raise UnknownArchitecture("the weights look like an old ESRGAN but lack its last convolutions")
+    first, *doublings, hr, last = flat
+    names = {first: "conv_first", hr: "conv_hr", last: "conv_last"}
+    names.update({place: f"conv_up{number}" for number, place in enumerate(doublings, 1)})
 
     def rename(key: str) -> str:
-        stem, _, kind = key.rpartition(".")
-        if stem in names:
-            return f"{names[stem]}.{kind}"
-        return re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3.", key)
+        key = re.sub(r"^model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.", r"body.\1.rdb\2.conv\3.", key)
+        key = re.sub(r"^model\.1\.sub\.\d+\.(weight|bias)$", r"conv_body.\1", key)
+        return re.sub(r"^model\.(\d{1,6})\.", lambda match: names.get(int(match[1]), match[0][:-1]) + ".", key)
 
     return {rename(key): weight for key, weight in weights.items()}
 
@@ -182,11 +191,8 @@ RRDB_ARCHITECTURE = Architecture(
     name="RRDBNet",
     build=RRDBNet,
     layouts=(
-        Layout(("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_body.weight", "conv_hr.weight", "conv_last.weight")),
-        Layout(
-            ("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight", "trunk_conv.weight", "HRconv.weight", "conv_last.weight"),
-            _from_esrgan,
-        ),
+        Layout(_TRUNK_KEYS),
+        Layout(("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight", "trunk_conv.weight"), _from_esrgan),
         Layout(("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"), _from_old_esrgan),
     ),
     infer=_infer,
