@@ -20,7 +20,6 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 from diptych.errors import DiptychError
 from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.engine import upscale_tensor
-from diptych.upscalers.official import embedded_model
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +44,8 @@ class Finish:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
         """As in diffusers; with no argument, the embedded model."""
         if pretrained_model_name_or_path is None:
+            from diptych.upscalers.official import embedded_model
+
             pretrained_model_name_or_path = embedded_model()
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
@@ -69,7 +70,7 @@ class Finish:
     ) -> Any:
         """As in diffusers, with three arguments more.
 
-        upscale: enlarge the decoded picture this many times with `upscaler`; None leaves it, and the call is diffusers'.
+        upscale: enlarge the decoded picture this many times with `upscaler`; None: not at all.
         seed: one whole number, or one for each picture. Every picture draws from a generator of its own, so that its
             noise does not depend on the batch it is made in. One seed for a batch counts up: seed, seed + 1, ...
             A list of seeds with a single prompt makes as many pictures.
@@ -100,6 +101,7 @@ class Finish:
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return output if return_dict else output.to_tuple()
 
+    @torch.no_grad()
     def upscale_pictures(
         self,
         pictures: torch.Tensor,
@@ -115,7 +117,7 @@ class Finish:
             self.upscaler,
             pictures,
             scale=network.scale,
-            radius=network.radius,
+            halo=network.radius,
             multiple=network.multiple,
             out_scale=upscale,
             progress=progress,
@@ -180,7 +182,7 @@ def checked_decode(vae: Any, notes: list[str]) -> Iterator[None]:
         bad = _broken(pictures)
         if bad and vae.dtype is not torch.float32:
             was = str(vae.dtype).removeprefix("torch.")
-            with _in_fp32(vae):
+            with in_fp32(vae):
                 again = plain(latents.float(), *args, **kwargs)[0]
             pictures[bad] = again[bad].to(pictures.dtype)
             _note(notes, f"the decode in {was} gave {_count(bad)} black or NaN: decoded again in fp32")
@@ -215,15 +217,15 @@ def _note(notes: list[str], sentence: str) -> None:
 
 
 @contextmanager
-def _in_fp32(vae: Any) -> Iterator[None]:
+def in_fp32(vae: Any) -> Iterator[None]:
     """Holds the VAE in fp32; weights that sequential offload keeps elsewhere are fetched and given back."""
     dtype = vae.dtype
     with _without_sequential_offload(vae):
-        vae.to(torch.float32)
+        torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what does not matter here
         try:
             yield
         finally:
-            vae.to(dtype)
+            torch.nn.Module.to(vae, dtype)
 
 
 def _without_sequential_offload(vae: Any) -> AbstractContextManager[None]:

@@ -63,10 +63,13 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> tuple[Any, list[str]
     if lacking:
         raise ValueError(f"the sampler {sampler.name} has no schedule type {schedule_type!r}")
     # What one sampler set must not stay behind in the next: only the model's own facts are carried over.
-    carried = {k: v for k, v in config.items() if not k.startswith("use_") and k not in ("algorithm_type", "solver_order")}
+    dropped = ("algorithm_type", "solver_order")
+    carried = {k: v for k, v in config.items() if not k.startswith("use_") and k not in dropped}
     notes = []
     if config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in known:
-        notes.append(f"{sampler.name} knows no zero terminal SNR, with which this model was trained: expect paler pictures")
+        notes.append(
+            f"{sampler.name} knows no zero terminal SNR, with which this model was trained: expect pale pictures"
+        )
     if config.get("prediction_type", "epsilon") != "epsilon" and "prediction_type" not in known:
         raise ValueError(f"{sampler.name} cannot run this model, which predicts {config['prediction_type']}")
     return cls.from_config(carried, **settings), notes
@@ -75,7 +78,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> tuple[Any, list[str]
 def sampler_name(scheduler: Any) -> tuple[str, str]:
     """Automatic1111's names of a scheduler and of its schedule type; diffusers' class name where it has none."""
     config = scheduler.config
-    kinds = [kind for kind, settings in SCHEDULE_TYPES.items() if kind in ("Karras", "Exponential", "Beta") and config.get(next(iter(settings)))]
+    kinds = [kind for kind in ("Karras", "Exponential", "Beta") if config.get(next(iter(SCHEDULE_TYPES[kind])))]
     same = [s for s in SAMPLERS if s.class_name == type(scheduler).__name__]
     fits = [s for s in same if all(config.get(k) == v for k, v in s.settings.items())]
     best = max(fits, key=lambda s: len(s.settings), default=None)

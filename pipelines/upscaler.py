@@ -8,6 +8,7 @@ names it.
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -16,9 +17,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 
 from diptych.errors import CheckpointError
-from diptych.upscalers.checkpoints import load_network_file
 from diptych.upscalers.networks import ARCHITECTURES, Network
-from diptych.upscalers.official import resolve
 
 
 class DiptychUpscaler(ModelMixin, ConfigMixin):
@@ -35,9 +34,11 @@ class DiptychUpscaler(ModelMixin, ConfigMixin):
         known = {a.name: a for a in ARCHITECTURES}
         if architecture not in known:
             raise CheckpointError(f"no upscaler architecture is called {architecture!r}: use {', '.join(known)}")
+        family = known[architecture]
+        defaults = {name: p.default for name, p in inspect.signature(family.build).parameters.items()}
+        hyperparameters = defaults | hyperparameters
         self.register_to_config(architecture=architecture, **hyperparameters)
-        network = known[architecture]
-        self._adopt(network.describe(network.build(**hyperparameters).eval(), hyperparameters))
+        self._adopt(family.describe(family.build(**hyperparameters).eval(), hyperparameters))
 
     def _adopt(self, network: Network) -> None:
         # Held without being registered: its layers are registered below, under the names they have in the network's
@@ -65,6 +66,9 @@ class DiptychUpscaler(ModelMixin, ConfigMixin):
     @classmethod
     def from_name(cls, name_or_path: str | os.PathLike[str]) -> DiptychUpscaler:
         """An official upscaler by name, or a file of weights. Raises ModelNotFound or CheckpointError."""
+        from diptych.upscalers.checkpoints import load_network_file
+        from diptych.upscalers.official import resolve
+
         return cls.from_network(load_network_file(resolve(name_or_path)))
 
     @property

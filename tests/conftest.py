@@ -1,0 +1,104 @@
+"""What several test files share: small real models, built from configurations with fixed random weights."""
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the shape of the embedded model (64x64 pictures, f4 VAE, v-prediction), with an upscaler.
+
+    It draws noise, in about a second. Its words.json knows the words "a red green apple cat".
+    """
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from diptych.pipelines import DiptychPipeline, DiptychUpscaler
+    from diptych.pipelines.tokenizer import write_vocabulary
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-model"
+    vocabulary = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(vocabulary, ["a p", "ap p", "app l", "appl e</w>", "r e", "re d</w>", "c a", "ca t</w>"])
+    torch.manual_seed(0)
+    pipeline = DiptychPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 16, 16),
+            layers_per_block=1,
+            norm_num_groups=8,
+            latent_channels=4,
+            sample_size=64,
+        ),
+        text_encoder=CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=522,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=77,
+                bos_token_id=520,
+                eos_token_id=521,
+                pad_token_id=521,
+            )
+        ),
+        tokenizer=CLIPTokenizer.from_pretrained(vocabulary, model_max_length=77),
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        ),
+        scheduler=DDIMScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+            beta_schedule="scaled_linear",
+            beta_start=0.00085,
+            beta_end=0.012,
+            clip_sample=False,
+            set_alpha_to_one=True,
+            steps_offset=1,
+        ),
+        upscaler=DiptychUpscaler("SRVGGNetCompact", num_feat=8, num_conv=2, upscale=4),
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    words = {"subjects": ["apple", "cat"], "words": ["a", "red", "green", "apple", "cat"]}
+    (folder / "words.json").write_text(json.dumps(words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Makes stand-in hosts (tests/standin_host) in `tmp_path / "webui"`, with the real extension in them unless told.
+
+    `make_host(flavour, extension=FOLDER, options={...})` returns a Host that was not started yet.
+    """
+    spec = importlib.util.spec_from_file_location("standin_host", Path(__file__).parent / "standin_host" / "host.py")
+    assert spec and spec.loader
+    standin = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(standin)
+    monkeypatch.setenv("DIPTYCH_HOME", str(tmp_path / "home"))
+    extension_here = Path(__file__).parent.parent / "extensions" / "sd-webui-diptych"
+
+    def make(flavour: str = "a1111", extension: Path | None = extension_here, options: Any = None) -> Any:
+        host = standin.Host(tmp_path / "webui", flavour, options)
+        link = host.webui / "extensions" / "sd-webui-diptych"
+        if extension is not None and not link.exists():
+            link.symlink_to(extension, target_is_directory=True)
+        return host
+
+    with standin.fresh_modules(str(standin.HERE)):
+        yield make
