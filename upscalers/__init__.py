@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
+    "Upscaler": "upscaler",
+    "upscale_tensor": "engine",
     "Network": "networks",
     "load_network": "networks",
     "RRDBNet": "networks",

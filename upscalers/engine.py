@@ -112,7 +112,7 @@ def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """(height, width) of the result, at least one pixel each. Raises ValueError for a scale outside 0.1 to 32."""
     if not 0.1 <= scale <= 32:
         raise ValueError(f"scale must lie between 0.1 and 32, not {scale:g}")
-    return max(round(height * scale), 1), max(round(width * scale), 1)
+    return max(math.floor(height * scale + 0.5), 1), max(math.floor(width * scale + 0.5), 1)
 
 
 def passes_needed(network_scale: int, scale: float) -> int:

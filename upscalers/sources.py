@@ -88,7 +88,8 @@ def array_to_tensor(array: np.ndarray) -> torch.Tensor:
     """(N, H, W, C) uint8, uint16 or float32 -> (N, C, H, W) float32 in 0..1, channels last in memory."""
     if array.dtype == np.uint16:  # torch 2.1 has no uint16
         array = array.astype(np.int32)
-    tensor = torch.from_numpy(np.ascontiguousarray(array)).permute(0, 3, 1, 2)
+    array = np.ascontiguousarray(array)
+    tensor = torch.from_numpy(array if array.flags.writeable else array.copy()).permute(0, 3, 1, 2)
     if tensor.is_floating_point():
         return tensor
     return tensor.to(torch.float32).div_(255 if tensor.dtype == torch.uint8 else 65535)

@@ -1,0 +1,86 @@
+"""A loaded network made ready to run: on its device, in its precision, in the memory layout that is fast.
+
+The policy of devices is in `device`; this module applies it to one network and looks whether the result is good.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+
+import torch
+from torch import nn
+
+from .device import pick_device, pick_dtype
+from .networks import Network
+
+logger = logging.getLogger(__name__)
+
+_LEAST_PSNR = 40.0  # dB against fp32, below which "auto" does not use bf16
+
+
+_LARGEST_EXACT_HALO = 72  # what costs no more than it is worth: 66 is the radius of an SRVGG with 64 convolutions
+_HALO = 32
+
+
+def halo_of(network: Network) -> int:
+    """Input pixels to read around a tile: the receptive radius, which makes tiles exact, up to 72 pixels.
+
+    Beyond that (RRDBNet with 23 blocks: 348), or where it is unknown, 32; docs/upscaling.md has the error of it.
+    """
+    radius = network.radius
+    return radius if radius is not None and radius <= _LARGEST_EXACT_HALO else _HALO
+
+
+class Runner:
+    """Computes tiles with a network: (N, in_channels, h, w) float32 in 0..1 -> (N, out_channels, ...), any float.
+
+    `dtype` "auto" (or None) chooses what is fast on `device`; bf16 on a cpu only if it gives this network's result
+    to 40 dB. `dtype` and `device` of the runner say what was chosen.
+    """
+
+    def __init__(
+        self, network: Network, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> None:
+        self._network = network
+        self.device = pick_device(device)
+        self.dtype = pick_dtype(dtype, self.device)
+        self._module = self._made(self.dtype)
+        if dtype in (None, "auto") and self.dtype is torch.bfloat16:
+            psnr = self._psnr()
+            if psnr < _LEAST_PSNR:
+                logger.info("bf16 gives only %.1f dB with this %s: using fp32", psnr, network.architecture)
+                self.widen()
+
+    def __call__(self, tile: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self._module(tile.to(self.dtype, memory_format=torch.channels_last))
+
+    def widen(self) -> bool:
+        """Goes over to fp32. False if the network already ran in it."""
+        if self.dtype is torch.float32:
+            return False
+        logger.info("%s does not do for this %s: going on in fp32", self.dtype, self._network.architecture)
+        self.dtype = torch.float32
+        self._module = self._made(torch.float32)
+        return True
+
+    def _made(self, dtype: torch.dtype) -> nn.Module:
+        module = copy.deepcopy(self._network.module).requires_grad_(False).eval()
+        return module.to(self.device, dtype, memory_format=torch.channels_last)
+
+    def _psnr(self) -> float:
+        """Of a small probe in the chosen precision against fp32, in dB, both clamped to 0..1."""
+        probe = _probe(self._network.in_channels).to(self.device)
+        exact = self._made(torch.float32)(probe.contiguous(memory_format=torch.channels_last)).clamp(0, 1)
+        error = (self(probe).float().clamp(0, 1) - exact).square().mean().item()
+        return -10 * math.log10(error) if error > 0 else math.inf
+
+
+def _probe(channels: int) -> torch.Tensor:
+    """(1, channels, 32, 32): a slope, edges and some noise, the same every time."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 32), torch.linspace(0, 1, 32), indexing="ij")
+    planes = [(x + y * (1 + k)) / (2 + k) * 0.6 + 0.3 * ((x * 5 + k).floor() % 2) for k in range(channels)]
+    noise = torch.rand((1, channels, 32, 32), generator=torch.Generator().manual_seed(0))
+    return (torch.stack(planes)[None] + 0.1 * noise).clamp(0, 1)
