@@ -32,17 +32,23 @@ def lora_folder() -> Path:
     return cache_folder().parent / "loras"
 
 
+def list_loras() -> dict[str, Path]:
+    """The files in the LoRA folder by name."""
+    folder = lora_folder()
+    return {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix in _SUFFIXES} if folder.is_dir() else {}
+
+
 def find_lora(name: str) -> Path:
     """The file in the LoRA folder that is called `name`, without its suffix. Never one outside of the folder.
 
     Raises ModelNotFound with the nearest names.
     """
-    folder = lora_folder()
-    found = {p.stem: p for p in sorted(folder.rglob("*")) if p.suffix in _SUFFIXES} if folder.is_dir() else {}
+    found = list_loras()
     if name in found:
         return found[name]
     near = difflib.get_close_matches(name, found, 3, 0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"put the file into {folder}, or name a file with --lora"
+    elsewhere = f"put the file into {lora_folder()}, or name a file with --lora"
+    hint = f"did you mean {' or '.join(near)}?" if near else elsewhere
     raise ModelNotFound(f"there is no LoRA called {name!r}: {hint}")
 
 

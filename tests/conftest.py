@@ -102,3 +102,17 @@ def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
     with standin.fresh_modules(str(standin.HERE)):
         yield make
+
+
+@pytest.fixture(scope="session")
+def web_server(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Page and service on loopback with the tiny model and small limits; one for the whole run."""
+    from diptych.webui.server import WebServer
+    from diptych.webui.settings import Limits, Settings
+
+    limits = Limits(body_bytes=3_000_000, picture_pixels=1_000_000, output_pixels=4_000_000, size=512, steps=60, pictures=4)
+    outputs = tmp_path_factory.mktemp("made") / "outputs"
+    server = WebServer(Settings(port=0, model=str(tiny_pipeline_folder), outputs=outputs, limits=limits, dtype="fp32"))
+    server.start()
+    yield server
+    server.stop()

@@ -30,7 +30,10 @@ def test_a_saved_picture_carries_its_infotext_and_is_found_by_its_prompt(library
     assert entry.prompt == "a red apple"
 
 
-@pytest.mark.parametrize("infotext", ["", "Steps: 3", "a\nb\nNegative prompt: c\nSteps: 3", "größe 🍎 日本", "100%_off\\"])
+TEXTS = ["", "Steps: 3", "a\nb\nNegative prompt: c\nSteps: 3", "größe 🍎 日本", "100%_off\\"]
+
+
+@pytest.mark.parametrize("infotext", TEXTS)
 def test_any_infotext_comes_back_as_it_went_in(library, infotext):
     entry = library.save(picture(), infotext, "")
     assert library.get("", entry.id) == entry and entry.infotext == infotext
@@ -115,5 +118,3 @@ def test_a_folder_that_cannot_hold_pictures_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(DiptychError, match="file"):
         Library(tmp_path / "file")
-
-

@@ -133,7 +133,13 @@ class Guard:
             await self._refuse(scope, receive, send, 413, self._too_large)
 
     async def _refuse(
-        self, scope: Scope, receive: Receive, send: Send, status: int, detail: str, headers: dict[str, str] | None = None
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        status: int,
+        detail: str,
+        headers: dict[str, str] | None = None,
     ) -> None:
         body = {"error": "HTTPException", "detail": detail, "body": "", "errors": ""}
         response = JSONResponse(body, status, headers)

@@ -54,6 +54,7 @@ class Job:
         self.preview: Any = None  # the picture as it is so far
         self.created = time.monotonic()
         self.started: float | None = None
+        self.ended: float | None = None
         self.cancelling = threading.Event()  # the cancel token: is_set()
         self.skipping = threading.Event()
         self.skip_token = _Skip(self)
@@ -75,9 +76,16 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """An estimate from the time it took so far; None before the first step is done."""
-        if self.started is None or not self.fraction:
+        if self.seconds is None or not self.fraction:
             return None
-        return (time.monotonic() - self.started) * (1 / self.fraction - 1)
+        return self.seconds * (1 / self.fraction - 1)
+
+    @property
+    def seconds(self) -> float | None:
+        """How long it has run, or ran in all; None before it started."""
+        if self.started is None:
+            return None
+        return (self.ended or time.monotonic()) - self.started
 
     def progress(self, done: int, total: int) -> None:
         """The progress callback for the work."""
@@ -122,6 +130,7 @@ class Job:
 
     def _finish(self, state: State) -> None:
         self.state = state
+        self.ended = time.monotonic()
         self.preview = None
         self._work = _nothing  # frees what the work holds: pictures sent in
         with self._lock:

@@ -19,6 +19,7 @@ from pathlib import Path
 from PIL import Image, PngImagePlugin
 
 from diptych.errors import DiptychError
+from diptych.infotext import parse_infotext
 from diptych.upscalers.files import atomic_path
 
 log = logging.getLogger(__name__)
@@ -47,8 +48,11 @@ class Entry:
 
     @property
     def prompt(self) -> str:
-        """The first lines of the infotext, up to the negative prompt or the settings."""
-        return re.split(r"\n(?=Negative prompt: |Steps: )|^(?=Steps: )", self.infotext, maxsplit=1)[0].strip()
+        """The prompt that the infotext names, "" if it names none."""
+        try:
+            return parse_infotext(self.infotext).prompt
+        except ValueError:
+            return ""
 
 
 class Library:
@@ -61,7 +65,7 @@ class Library:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._index = self._open()
         except (OSError, sqlite3.Error) as error:
-            raise DiptychError(f"{folder} cannot hold pictures ({error}): choose a folder that can be written") from error
+            raise DiptychError(f"{folder} cannot hold pictures ({error}): choose another folder") from error
         self.sync()
 
     def save(self, picture: Image.Image, infotext: str, owner: str, name: str = "") -> Entry:
@@ -77,7 +81,7 @@ class Library:
                 number += 1
             text = PngImagePlugin.PngInfo()
             if infotext:
-                text.add_itxt("parameters", infotext) if not infotext.isascii() else text.add_text("parameters", infotext)
+                (text.add_text if infotext.isascii() else text.add_itxt)("parameters", infotext)
             with atomic_path(path) as temporary:
                 picture.save(temporary, pnginfo=text, icc_profile=picture.info.get("icc_profile"))
             return self._insert(owner, path, created, infotext, picture.size)
@@ -96,7 +100,8 @@ class Library:
     def get(self, owner: str, picture_id: int) -> Entry | None:
         """The picture with this number, if it is there and is this owner's."""
         with self._lock:
-            row = self._index.execute("SELECT * FROM pictures WHERE owner = ? AND id = ?", (owner, picture_id)).fetchone()
+            query = "SELECT * FROM pictures WHERE owner = ? AND id = ?"
+            row = self._index.execute(query, (owner, picture_id)).fetchone()
         return self._entry(row) if row else None
 
     def delete(self, owner: str, picture_id: int) -> bool:
@@ -115,7 +120,8 @@ class Library:
             known = {row[0] for row in self._index.execute("SELECT path FROM pictures")}
             there = {self._relative(path): (owner, path) for owner, path in self._files()}
             with self._index:
-                self._index.executemany("DELETE FROM pictures WHERE path = ?", [(path,) for path in known - there.keys()])
+                gone = [(path,) for path in known - there.keys()]
+                self._index.executemany("DELETE FROM pictures WHERE path = ?", gone)
             for relative in sorted(there.keys() - known):
                 owner, path = there[relative]
                 try:
@@ -190,6 +196,5 @@ class Library:
         return Entry(int(cursor.lastrowid or 0), owner, path, created, infotext, *size)
 
     def _entry(self, row: sqlite3.Row) -> Entry:
-        return Entry(
-            row["id"], row["owner"], self.folder / row["path"], row["created"], row["infotext"], row["width"], row["height"]
-        )
+        values = {key: row[key] for key in ("id", "owner", "created", "infotext", "width", "height")}
+        return Entry(path=self.folder / row["path"], **values)

@@ -13,7 +13,7 @@ import struct
 import warnings
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from diptych.errors import ImageError
 from diptych.webui.settings import Limits
@@ -66,3 +66,30 @@ def open_header(source: Path | io.BytesIO, limits: Limits, what: str = "the pict
 
 def _unreadable(what: str) -> ImageError:
     return ImageError(f"{what} cannot be read as one of {', '.join(FORMATS)}: is the file whole?")
+
+
+def read_metadata(picture: Image.Image) -> tuple[str, dict[str, str]]:
+    """The `parameters` text of a picture ("" if it has none), and everything else that is written in it, as text.
+
+    PNG says it in text chunks; JPEG and WebP in the EXIF user comment, as Automatic1111 does.
+    """
+    info = {str(key): value for key, value in picture.info.items()}
+    parameters = info.pop("parameters", "")
+    comment = picture.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    if not parameters and comment:
+        parameters = _user_comment(comment)
+    items = {key: _as_text(value) for key, value in info.items() if key not in ("exif", "icc_profile")}
+    return _as_text(parameters), items
+
+
+def _user_comment(comment: bytes | str) -> str:
+    if isinstance(comment, str):
+        return comment
+    charset, text = comment[:8], comment[8:]
+    if charset != b"UNICODE\0":
+        return (text if charset in (b"ASCII\0\0\0", bytes(8)) else comment).decode("utf-8", "replace")
+    return text.decode("utf-16-le" if text[1:2] == b"\0" else "utf-16-be", "replace")
+
+
+def _as_text(value: object) -> str:
+    return value.decode("latin-1", "replace")[:10_000] if isinstance(value, bytes) else str(value)

@@ -17,7 +17,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Model(BaseModel):
-    model_config = ConfigDict(protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=(), allow_inf_nan=False)
 
 
 class GenerationBody(Model):
@@ -255,8 +255,20 @@ class MemoryAnswer(Model):
     cuda: dict[str, Any]
 
 
+class InvalidField(Model):
+    type: str
+    loc: list[str]
+    msg: str
+
+
+class InvalidAnswer(Model):
+    """A body that is malformed: what is wrong, and where."""
+
+    detail: list[InvalidField]
+
+
 class ErrorAnswer(Model):
-    """How every refusal looks, except that of a malformed body (422, FastAPI's own `detail` list)."""
+    """How every refusal looks, except that of a malformed body."""
 
     error: str
     detail: str
