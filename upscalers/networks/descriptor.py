@@ -93,7 +93,10 @@ class Architecture:
         except (TypeError, ValueError, RuntimeError) as error:
             raise UnknownArchitecture(f"the weights look like {self.name}, but misshapen ({error})") from error
         check_fit(self.name, module, weights)
-        module.load_state_dict({key: _finite_fp32(key, weight) for key, weight in weights.items()}, assign=True)
+        check_finite(weights)
+        # In memory of their own: the file can be changed or deleted while the network is in use.
+        owned = {key: weight.detach().to(torch.float32, copy=True).contiguous() for key, weight in weights.items()}
+        module.load_state_dict(owned, assign=True)
         return self.describe(module.eval(), hyperparameters)
 
 
@@ -128,13 +131,13 @@ def _check_size(weights: StateDict) -> None:
         raise CheckpointError("its weights claim several times the memory that the file holds: the file is damaged")
 
 
-def _finite_fp32(key: str, weight: torch.Tensor) -> torch.Tensor:
-    if not weight.is_floating_point():
-        raise CheckpointError(f"the weight {key!r} holds {weight.dtype}, not floating point numbers")
-    weight = weight.detach().to(torch.float32, copy=True).contiguous()
-    if not np.isfinite(weight.numpy()).all():
-        raise CheckpointError(f"the weight {key!r} holds NaN or infinity: the training that made it had failed")
-    return weight
+def check_finite(weights: StateDict) -> None:
+    """Raises CheckpointError unless every weight is a finite floating point number."""
+    for key, weight in weights.items():
+        if not weight.is_floating_point():
+            raise CheckpointError(f"the weight {key!r} holds {weight.dtype}, not floating point numbers")
+        if not np.isfinite(weight.detach().float().numpy()).all():
+            raise CheckpointError(f"the weight {key!r} holds NaN or infinity: the training that made it had failed")
 
 
 def receptive_radius(path: Iterable[nn.Module], scale: int, multiple: int = 1) -> int:

@@ -13,7 +13,7 @@ from torch import nn
 
 from diptych.errors import CheckpointError
 
-from .descriptor import Network, StateDict
+from .descriptor import Network, StateDict, check_finite
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class _Described(nn.Module):
 def load_with_spandrel(state_dict: StateDict) -> Network | None:
     """What spandrel makes of `state_dict`; None if it is not installed or knows no network that fits.
 
-    Its receptive radius is unknown. Raises CheckpointError for networks that do not upscale pictures one by one.
+    Its receptive radius is unknown. Raises CheckpointError for networks with another task and for NaN weights.
     """
     try:
         import spandrel
@@ -42,12 +42,13 @@ def load_with_spandrel(state_dict: StateDict) -> Network | None:
         return None
     try:
         model = spandrel.ModelLoader(device="cpu").load_from_state_dict(dict(state_dict))
-    except spandrel.UnsupportedModelError:
+    except Exception as error:  # whatever forty loaders raise for weights that are not theirs, or not whole
+        _log.info("spandrel cannot load this network: %s", error)
         return None
-    except (RuntimeError, ValueError, LookupError, TypeError, AssertionError) as error:
-        raise CheckpointError(f"spandrel knows such networks but cannot load this one ({error})") from error
     if not isinstance(model, spandrel.ImageModelDescriptor):
         raise CheckpointError(f"a network for another task ({model.architecture.name}), not an upscaler")
+    weights = model.model.state_dict()
+    check_finite({key: weight for key, weight in weights.items() if weight.is_floating_point()})
     return Network(
         architecture=model.architecture.name,
         module=_Described(model).eval(),
