@@ -110,9 +110,14 @@ def _about(path: PathLike) -> Iterator[None]:
         raise CheckpointError(f"{os.fspath(path)}: it does not fit into memory") from error
     except (
         ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, EOFError, AssertionError,
-        zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError,
+        Warning, zipfile.BadZipFile, zipfile.LargeZipFile, SafetensorError,
     ) as error:  # fmt: skip
-        raise CheckpointError(f"{os.fspath(path)}: damaged or cut short ({error}): get the file again") from error
+        raise CheckpointError(f"{os.fspath(path)}: damaged or cut short ({_line(error)}): get it again") from error
+
+
+def _line(error: Exception) -> str:
+    """A parser's own words, which can have several lines."""
+    return " ".join(str(error).split())[:200]
 
 
 def _read(path: Path) -> Any:

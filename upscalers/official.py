@@ -11,7 +11,6 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -166,8 +165,9 @@ def download(
     name: str,
     progress: Callable[[int, int], None] | None = None,
     cancel: CancelToken | None = None,
+    folder: Path | None = None,
 ) -> Path:
-    """The file of an official network in the cache folder; downloads it unless it is there.
+    """The file of an official network in `folder` (None: the cache folder); downloads it unless it is there.
 
     Goes on where an interrupted download stopped, and puts the file in place only when its SHA-256 is right.
     `progress(done, total)` counts bytes. Raises ModelNotFound when it cannot be had, CheckpointError when its contents
@@ -177,36 +177,43 @@ def download(
     if key is None:
         raise ModelNotFound(_not_found(name, list(OFFICIAL)))
     entry = OFFICIAL[key]
-    target = cache_folder() / entry.filename
+    target = (folder or cache_folder()) / entry.filename
     if target.is_file():
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiptychError(
-            f"{target.parent} cannot be made ({error.strerror}): set DIPTYCH_HOME to a folder"
-        ) from error
-    # Two processes may fetch the same file at once: both write the same bytes at the same places, so neither spoils it.
+        hint = "choose another folder" if folder else "set DIPTYCH_HOME to a folder"
+        raise DiptychError(f"{target.parent} cannot be made ({error.strerror}): {hint}") from error
+    # Two processes may fetch the same file at once: both write the same bytes at the same places, and the one that is
+    # second to finish finds the part gone and the file in place.
     part = target.with_name(target.name + ".part")
+    try:
+        _fetch_stubbornly(entry, part, progress, cancel)
+        digest = _sha256(part, cancel)
+        if digest == entry.sha256:
+            os.replace(part, target)
+            return target
+        part.unlink()
+    except FileNotFoundError:
+        if target.is_file():
+            return target
+        raise
+    raise CheckpointError(_by_hand(entry, target.parent, f"was downloaded with the wrong contents (SHA-256 {digest})"))
+
+
+def _fetch_stubbornly(
+    entry: OfficialFile, part: Path, progress: Callable[[int, int], None] | None, cancel: CancelToken | None
+) -> None:
+    """`_fetch`, going on where a connection ended; ModelNotFound when it is no use."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            _fetch(entry, part, progress, cancel)
-            break
+            return _fetch(entry, part, progress, cancel)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500
             if final or attempt == _ATTEMPTS:
-                raise ModelNotFound(_by_hand(entry, f"could not be downloaded ({_reason(error)})")) from error
-    digest = _sha256(part, cancel)
-    if digest != entry.sha256:
-        with suppress(OSError):
-            part.unlink()
-        raise CheckpointError(_by_hand(entry, f"was downloaded with the wrong contents (SHA-256 {digest})"))
-    try:
-        os.replace(part, target)
-    except FileNotFoundError:
-        if not target.is_file():  # else the other process was first
-            raise
-    return target
+                reason = f"could not be downloaded ({_reason(error)})"
+                raise ModelNotFound(_by_hand(entry, part.parent, reason)) from error
 
 
 def _fetch(
@@ -256,8 +263,8 @@ def _reason(error: Exception) -> str:
     return str(getattr(error, "reason", "") or error or type(error).__name__)
 
 
-def _by_hand(entry: OfficialFile, what: str) -> str:
+def _by_hand(entry: OfficialFile, folder: Path, what: str) -> str:
     return (
-        f"{entry.filename} {what}; fetch {entry.url} on a machine that can, put it into {cache_folder()}"
+        f"{entry.filename} {what}; fetch {entry.url} on a machine that can, put it into {folder}"
         f" and keep its name (SHA-256 {entry.sha256})"
     )
