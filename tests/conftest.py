@@ -86,6 +86,8 @@ def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
     `make_host(flavour, extension=FOLDER, options={...})` returns a Host that was not started yet.
     """
+    import torch
+
     spec = importlib.util.spec_from_file_location("standin_host", Path(__file__).parent / "standin_host" / "host.py")
     assert spec and spec.loader
     standin = importlib.util.module_from_spec(spec)
@@ -100,8 +102,11 @@ def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
             link.symlink_to(extension, target_is_directory=True)
         return host
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the networks of these tests are too small for more
     with standin.fresh_modules(str(standin.HERE)):
         yield make
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
