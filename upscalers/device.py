@@ -74,6 +74,21 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_has_bf16() and _onednn_may_use_bf16()
 
 
+def use_allowed_cores() -> None:
+    """Gives torch as many threads as this process may use cores; torch sees neither a container's share nor its limit.
+
+    For programs of their own: inside of somebody else's process the number of threads is theirs to choose.
+    """
+    cores = float(len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else float(os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    except (OSError, ValueError):  # no such share: "max", or not Linux
+        pass
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(max(round(cores), 1), torch.get_num_threads()))
+
+
 @lru_cache(maxsize=1)
 def _cpu_has_bf16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):

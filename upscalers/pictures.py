@@ -24,7 +24,11 @@ from .sources import array_to_tensor, tensor_to_array
 
 logger = logging.getLogger(__name__)
 
-_ORIENTATION = 0x0112  # EXIF tag
+EXIF_IFD, _GPS_IFD = 0x8769, 0x8825
+"""Tags of EXIF's blocks of camera data and of places."""
+TEXT_TAGS = (270, 271, 272, 305, 306, 315, 33432)
+"""Tags of text: description, make, model, software, date, artist, copyright."""
+_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF 2.32, 4.6.4: how a stored picture becomes upright; (H, W, C) -> (H', W', C)
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -59,9 +63,9 @@ def pil_to_array(image: Image.Image) -> np.ndarray:
     if 0 in image.size:
         raise ImageError(f"a picture of {image.width} x {image.height} pixels is empty: there is nothing to enlarge")
     with decoding():
-        orientation = orientation_of(image)
+        image.load()
         array = _decoded(image)
-    return upright(array, orientation)
+    return upright(array, orientation_of(image))
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
@@ -114,31 +118,47 @@ def metadata_of(image: Image.Image) -> Metadata:
         dpi = (float(dpi[0]), float(dpi[1])) if dpi and min(dpi) > 0 else None
     except (TypeError, ValueError, IndexError, ArithmeticError):
         dpi = None
-    text = {key: str(value) for key, value in getattr(image, "text", {}).items() if not key.startswith("Raw profile")}
+    text = {key: str(value) for key, value in info.items() if image.format == "PNG" and isinstance(value, str)}
     return Metadata(icc_profile or None, _upright_exif(image), dpi, text)
 
 
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where there is none or the EXIF block is damaged."""
-    try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever Pillow's parser makes of a damaged block: the picture itself is fine
-        return 1
+    exif = _exif_of(image)
+    value = 1 if exif is None else exif.get(_ORIENTATION, 1)
     return value if value in _UPRIGHT else 1
 
 
 def _upright_exif(image: Image.Image) -> bytes | None:
+    stored = _exif_of(image)
+    if stored is None or not len(stored):
+        return None
     raw = image.info.get("exif")
     try:
-        exif = image.getexif()
-        if not len(exif):
-            return None
-        if exif.get(_ORIENTATION, 1) == 1 and isinstance(raw, bytes):
+        if image.format == "TIFF":  # most of whose tags tell of the file, not of the picture
+            exif = Image.Exif()
+            exif.update({tag: stored[tag] for tag in TEXT_TAGS if tag in stored})
+            exif.update({block: dict(stored.get_ifd(block)) for block in (EXIF_IFD, _GPS_IFD) if block in stored})
+            return exif.tobytes().removeprefix(b"Exif\0\0") if len(exif) else None
+        if stored.get(_ORIENTATION, 1) == 1 and isinstance(raw, bytes):
             return raw.removeprefix(b"Exif\0\0") or None
+        exif = Image.Exif()  # not in `stored`, which belongs to the caller's image
+        exif.load(stored.tobytes())
         exif[_ORIENTATION] = 1
         return exif.tobytes().removeprefix(b"Exif\0\0")
-    except Exception as error:  # as above
+    except Exception as error:  # as in `_exif_of`
         logger.warning("the EXIF block is damaged and left out: %s", error)
+        return None
+
+
+def _exif_of(image: Image.Image) -> Image.Exif | None:
+    if image.format == "PNG" and "exif" not in image.info:
+        return None  # instead of decoding the picture to look for a block behind it
+    try:
+        exif = image.getexif()
+        exif.get(_ORIENTATION)
+        return exif
+    except Exception:  # whatever Pillow's parser makes of a damaged block: the picture itself is fine
         return None
 
 

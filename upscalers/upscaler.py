@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diptych.errors import CheckpointError, ModelNotFound, OutOfMemory, UnknownArchitecture
+from diptych.errors import CheckpointError, ImageError, ModelNotFound, OutOfMemory, UnknownArchitecture
 
 from . import official
 from .channels import VisibleColours, for_any_channels
@@ -27,6 +28,8 @@ from .engine import output_size, upscale_rows
 from .files import atomic_path
 from .networks import Network, load_network
 from .passes import Cancel, Model, Progress
+from .picture_reader import PictureFile, open_picture
+from .picture_writer import check_writable, write_animation, write_picture
 from .pictures import array_to_pil, checked_array, checked_tensor, pil_to_array
 from .runner import Runner, halo_of
 from .sources import ArraySource, Source, TensorSource, tensor_to_array
@@ -74,7 +77,8 @@ class Upscaler:
         denoise: float | None = None,
     ) -> Upscaler:
         """Loads a network: an official name (`diptych models list`), a file of weights, or a folder that
-        `save_pretrained` or a pipeline wrote; None is the one of the embedded model. Nothing is downloaded.
+        `save_pretrained` or a pipeline wrote; None is the one of the embedded model. An official network is
+        downloaded and verified once.
 
         denoise: 0 (keep noise) to 1 (remove it), for networks with a "wdn" twin (general-x4v3).
         Raises ModelNotFound, CheckpointError, UnknownArchitecture; ValueError for `denoise` where it has no meaning.
@@ -140,6 +144,56 @@ class Upscaler:
                 raise OutOfMemory("memory ran out for the result: use upscale_file, which needs little") from error
             raise
 
+    def upscale_file(
+        self,
+        src: str | os.PathLike[str],
+        dst: str | os.PathLike[str],
+        scale: float | None = None,
+        *,
+        tile: int | Literal["auto"] = "auto",
+        border: Border = "zero",
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> tuple[int, int]:
+        """Enlarges the picture file `src` into the file `dst` and returns the (width, height) of the result.
+
+        The suffix of `dst` names its format. PNG and TIFF are written by rows as they are made: memory is needed for
+        the decoded input and one strip, and for PNG and TIFF inputs of more than half a gigabyte for strips only. 16
+        bits stay 16 bits where the format has them; alpha, EXIF, ICC profile, dpi, a PNG's text, and the frames,
+        durations and repetitions of an animation are kept. The orientation of EXIF is applied.
+
+        The other arguments are those of `upscale`; with border "wrap" the input is decoded whole.
+        Raises ImageError, naming the file, for what cannot be read or written or if both are the same file; OSError;
+        Cancelled, OutOfMemory, ValueError. `dst` is replaced when all went well and not touched otherwise.
+        """
+        src, dst = Path(src), Path(dst)
+        options = _Options(self.scale if scale is None else scale, tile, border, progress, cancel)
+        try:
+            with open_picture(src, any_order=border == "wrap") as picture:
+                if dst.exists() and os.path.samefile(src, dst):
+                    raise ImageError(f"{dst} is the picture itself: choose another name for the result")
+                height, width = output_size(picture.height, picture.width, options.scale)
+                known = check_writable(dst, height, width, picture.frames)
+                with _writing(dst), atomic_path(dst) as path:
+                    if picture.source is None:
+                        frames = self._frames(picture, options)
+                        write_animation(path, known, frames, picture.durations(), picture.loop, picture.metadata)
+                    else:
+                        dtype = np.dtype(np.uint8 if picture.dtype == np.uint8 or not known.sixteen_bits else np.uint16)
+                        strips = self._rows(picture.source, picture.channels, options)
+                        rows = (tensor_to_array(strip, dtype)[0] for strip in strips)
+                        size = (height, width, picture.channels)
+                        write_picture(path, known, rows, size, dtype, picture.metadata)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(f"memory ran out for {src}: close other programs, or write PNG or TIFF") from error
+            raise
+        return width, height
+
+    def _frames(self, picture: PictureFile, options: _Options) -> Iterator[np.ndarray]:
+        for index, frame in enumerate(picture.animation()):
+            yield self._array(frame[None], options.part(index, picture.frames))[0]
+
     def _one(self, picture: Any, options: _Options) -> Any:
         if isinstance(picture, Image.Image):
             return array_to_pil(self._array(pil_to_array(picture)[None], options)[0], picture)
@@ -203,6 +257,15 @@ class _Options:
         if whole is None or count == 1:
             return self
         return replace(self, progress=lambda done, total: whole(index * 1000 + done * 1000 // total, count * 1000))
+
+
+@contextmanager
+def _writing(dst: Path) -> Iterator[None]:
+    """Gives a failure of the file system the name of the file that was being written."""
+    try:
+        yield
+    except OSError as error:
+        raise ImageError(f"{dst} cannot be written: {error.strerror or error}") from error
 
 
 def _load_folder(folder: Path) -> Network:
