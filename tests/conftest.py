@@ -115,9 +115,53 @@ def web_server(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFact
     from diptych.webui.server import WebServer
     from diptych.webui.settings import Limits, Settings
 
-    limits = Limits(body_bytes=3_000_000, picture_pixels=1_000_000, output_pixels=4_000_000, size=512, steps=60, pictures=4)
+    limits = Limits(
+        body_bytes=3_000_000, picture_pixels=1_000_000, output_pixels=4_000_000, size=512, steps=60, pictures=4
+    )
     outputs = tmp_path_factory.mktemp("made") / "outputs"
     server = WebServer(Settings(port=0, model=str(tiny_pipeline_folder), outputs=outputs, limits=limits, dtype="fp32"))
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of the shape of SDXL, otherwise as `tiny_pipeline_folder`."""
+    import torch
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    from diptych.pipelines import DiptychPipeline, DiptychXLPipeline
+
+    folder = tmp_path_factory.mktemp("tiny-xl") / "tiny-xl-model"
+    parts = DiptychPipeline.from_pretrained(tiny_pipeline_folder).components
+    torch.manual_seed(1)
+    text_config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 32})
+    pipeline = DiptychXLPipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        text_encoder_2=CLIPTextModelWithProjection(text_config),
+        tokenizer=parts["tokenizer"],
+        tokenizer_2=parts["tokenizer"],
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 1),
+            cross_attention_dim=64,
+            attention_head_dim=8,
+            norm_num_groups=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=80,
+        ),
+        scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
+        upscaler=parts["upscaler"],
+        add_watermarker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder

@@ -65,9 +65,10 @@ def test_no_seed_means_a_new_one_each_time(http):
 
 
 def test_fields_that_existing_programs_send_without_meaning_are_taken(http):
-    post(http, "txt2img", **small(eta=1.0, s_churn=0, s_tmax=0, subseed=-1, subseed_strength=0, styles=[], tiling=False,
-                                  restore_faces=False, alwayson_scripts={}, script_args=[], script_name=None,
-                                  hr_upscaler="Latent", unheard_of=1, override_settings={"some_option": 1}))  # fmt: skip
+    usual = {"eta": 1.0, "s_churn": 0, "s_tmax": 0, "subseed": -1, "subseed_strength": 0, "styles": [], "tiling": False,
+             "restore_faces": False, "alwayson_scripts": {}, "script_args": [], "script_name": None,
+             "hr_upscaler": "Latent", "unheard_of": 1, "override_settings": {"some_option": 1}}  # fmt: skip
+    post(http, "txt2img", **small(**usual))
 
 
 @pytest.mark.parametrize(
@@ -242,10 +243,9 @@ def test_progress_shows_the_own_job_with_a_preview_and_interrupt_stops_it(http, 
 
 def test_skip_leaves_out_the_picture_at_hand_only(http, web_server):
     headers, answer = {"X-Client-Id": "skipper"}, {}
+    body, url = small(steps=40, n_iter=3), web_server.url + BASE + "txt2img"
     thread = threading.Thread(
-        target=lambda: answer.update(
-            httpx.post(web_server.url + BASE + "txt2img", json=small(steps=40, n_iter=3), headers=headers, timeout=60).json()
-        )
+        target=lambda: answer.update(httpx.post(url, json=body, headers=headers, timeout=60).json())
     )
     thread.start()
     while not http.get(BASE + "progress", headers=headers).json()["progress"]:

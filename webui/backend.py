@@ -157,9 +157,13 @@ class Backend:
         total = sum(request.count for request in requests)
 
         def work(job: Job) -> Iterator[Made]:
+            from diptych.pipelines.generation import plan_sizes
+
             job.note = "preparing" if self.models.is_loaded(checkpoint) else f"loading {checkpoint.name}"
             pipeline = self.models.pipeline(checkpoint, upscaler)
             before = 0
+            for request in requests:  # the model decides on a size that was not given
+                _check_result(plan_sizes(pipeline, request).final, self.settings.limits)
             for index, request in enumerate(requests):
                 for picture in _draw(pipeline, request, refine, _Share(job, before, total)):
                     if finish is not None:
@@ -312,14 +316,20 @@ def check_limits(requests: Sequence[GenerationRequest], limits: Limits) -> None:
             max(len(request.negative_prompt) for request in requests),
             limits.prompt_characters,
         ),
-        ("the number of pixels after upscaling", max(map(_pixels_out, requests)), limits.output_pixels),
     ):
         if value > limit:
-            raise ValueError(f"{name} is {value:,.0f}, and the limit is {limit:,}: ask for less")
+            raise ValueError(f"{name} is {value:,}, and the limit is {limit:,}: ask for less")
+    for request in requests:
+        if request.width and request.height:
+            upscale = request.upscale or 1
+            _check_result((round(request.width * upscale), round(request.height * upscale)), limits)
 
 
-def _pixels_out(request: GenerationRequest) -> float:
-    return (request.width or 512) * (request.height or 512) * (request.upscale or 1) ** 2
+def _check_result(size: tuple[int, int], limits: Limits) -> None:
+    if size[0] * size[1] > limits.output_pixels:
+        raise ValueError(
+            f"the picture would have {size[0]} x {size[1]} pixels, and the limit is {limits.output_pixels:,}: ask for less"
+        )
 
 
 def _blend(layers: list[Image.Image], visibility: float) -> Image.Image:

@@ -51,7 +51,7 @@ class CreateTab:
         self.prompt = gr.Textbox(
             label="Prompt", lines=2, max_lines=8, placeholder="What to draw", elem_id="prompt", autofocus=True
         )
-        self.unknown = gr.HTML(IDLE, elem_id="unknown-words")
+        self.unknown = gr.HTML(IDLE, padding=False, elem_id="unknown-words")
         with gr.Row():
             self.run = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1)
@@ -112,12 +112,17 @@ class CreateTab:
                 height=380,
                 elem_id="init-image",
             )
-            gr.HTML('<p class="dp-hint">Paint over what is to be drawn anew; paint nothing to change the whole.</p>')
+            gr.HTML(
+                '<p class="dp-hint">Paint over what is to be drawn anew; paint nothing to change the whole.</p>',
+                padding=False,
+            )
             self.strength = gr.Slider(0, 1, 0.75, step=0.05, label="Strength", elem_id="strength")
 
     def _lay_out_results(self) -> None:
         self.status = gr.HTML(
-            notice("Write a prompt, or pick an example, and press Generate (Ctrl+Enter)."), elem_id="create-status"
+            notice("Write a prompt, or pick an example, and press Generate (Ctrl+Enter)."),
+            padding=False,
+            elem_id="create-status",
         )
         self.results = gr.Gallery(
             label="Pictures",

@@ -31,7 +31,7 @@ class LibraryTab:
                         elem_id="library-search",
                         scale=4,
                     )
-                self.status = gr.HTML(IDLE, elem_id="library-status")
+                self.status = gr.HTML(IDLE, padding=False, elem_id="library-status")
                 self.pictures = gr.Gallery(
                     label="Made here",
                     columns=[2, 3, 4],
@@ -136,7 +136,7 @@ class InfoTab:
                     elem_id="info-picture",
                 )
             with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(IDLE, elem_id="info-status")
+                self.status = gr.HTML(IDLE, padding=False, elem_id="info-status")
                 self.infotext = gr.Textbox(
                     label="Settings", lines=6, interactive=False, buttons=["copy"], elem_id="info-infotext"
                 )

@@ -21,7 +21,7 @@ class ModelsTab:
             with gr.Column(min_width=320):
                 self.model = gr.Dropdown([], label="Model", elem_id="model")
                 self.load = gr.Button("Load", variant="primary", elem_id="model-load")
-                self.status = gr.HTML(IDLE, elem_id="model-status")
+                self.status = gr.HTML(IDLE, padding=False, elem_id="model-status")
                 self.table = gr.Dataframe(
                     headers=["Loaded", "Memory"],
                     datatype="str",
@@ -34,7 +34,7 @@ class ModelsTab:
                 with gr.Row():
                     self.download = gr.Button("Download", variant="primary", elem_id="official-download")
                     self.stop = gr.Button("Stop", variant="stop", elem_id="official-stop")
-                self.download_status = gr.HTML(IDLE, elem_id="official-status")
+                self.download_status = gr.HTML(IDLE, padding=False, elem_id="official-status")
                 self.upscalers = gr.Dataframe(
                     headers=["Upscaler", "Scale", "There"],
                     datatype="str",

@@ -64,7 +64,7 @@ class UpscaleTab:
                         info="only realesr-general-x4v3 listens to it; 0 keeps the noise",
                     )
             with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(IDLE, elem_id="upscale-status")
+                self.status = gr.HTML(IDLE, padding=False, elem_id="upscale-status")
                 self.slider = gr.ImageSlider(
                     label="Before and after",
                     type="filepath",
