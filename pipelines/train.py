@@ -1,0 +1,296 @@
+"""Trains a text encoder and a UNet in the latent space of an autoencoder: `diptych train diffusion CONFIG`.
+
+The model learns v-prediction (Salimans and Ho 2022) on a cosine schedule rescaled to zero terminal SNR (Lin et al.
+2024), with captions dropped now and then for classifier-free guidance. The text encoder is CLIP's, small, trained
+together with the UNet; its tokenizer is trained first, on the captions. Latents are encoded once and cached. The result
+is a folder of diffusers' `StableDiffusionPipeline`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diptych.data.sources import DataConfig, Source
+from diptych.errors import CheckpointError
+from diptych.pipelines.tokenizer import write_vocabulary
+from diptych.training import Run, RunConfig, ema_of, read_config
+from diptych.vae.train import as_tensor
+
+
+@dataclass
+class ModelConfig:
+    """The UNet has a level for each of `channels`, each after the first at half the size, with attention where said."""
+
+    side: int = 64
+    channels: tuple[int, ...] = (64, 160, 256)
+    attention: tuple[bool, ...] = (False, True, True)
+    layers_per_block: int = 1
+    heads: int = 4
+    norm_groups: int = 16
+    text_width: int = 192
+    text_layers: int = 2
+    tokens: int = 77
+    vocabulary: int = 2048
+
+    def __post_init__(self) -> None:
+        if len(self.attention) != len(self.channels):
+            raise ValueError("attention needs one value for each of channels.")
+
+
+@dataclass
+class Config:
+    """A whole configuration file.
+
+    vae: folder of the finished `AutoencoderKL`; batch: pictures a step and process; caption_dropout: share of pictures
+    trained without caption; cached_pictures: how many captioned pictures are encoded before the first step.
+    """
+
+    run: RunConfig
+    data: DataConfig
+    vae: str
+    model: ModelConfig = field(default_factory=ModelConfig)
+    batch: int = 32
+    learning_rate: float = 3e-4
+    warmup: int = 300
+    ema: float = 0.999
+    caption_dropout: float = 0.1
+    cached_pictures: int = 20_000
+    sample_guidance: float = 3.0
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet in one forward, which is what several processes can share gradients of."""
+
+    def __init__(self, text_encoder: torch.nn.Module, unet: torch.nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """Noisy latents (N, C, h, w), timesteps (N,), token ids (N, L) -> predicted v (N, C, h, w)."""
+        return self.unet(noisy, timesteps, self.text_encoder(tokens)[0]).sample.float()
+
+
+def train(config_file: str, resume: bool = False) -> Path:
+    """Trains as `config_file` says and returns the folder of the finished pipeline.
+
+    Raises ValueError, CheckpointError, ImageError or ModelNotFound before any work where something does not fit.
+    """
+    config = read_config(config_file, Config)
+    source = config.data.open()
+    vae = _load_vae(config.vae)
+    run = Run(config, resume)
+    run.keep_config(config_file)
+    torch.manual_seed(config.run.seed)
+    tokenizer = _tokenizer(run, source, config)
+    denoiser = _build(config, vae, len(tokenizer)).to(run.device, memory_format=run.memory_format)
+    average = ema_of(denoiser, config.ema)
+    scheduler = _scheduler()
+    optimizer = torch.optim.AdamW(denoiser.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    run.attach(denoiser=denoiser, average=average, optimizer=optimizer)
+    latents, tokens = _cache(run, source, vae.to(run.device), tokenizer, config)
+    empty = torch.tensor(_tokenize(tokenizer, [""], config)[0])
+    samples = _sample_captions(source, config)
+    model, optimizer = run.accelerator.prepare(denoiser, optimizer)
+
+    for step in run.steps():
+        run.set_learning_rate(step, config.learning_rate, config.warmup, optimizer)
+        rng, generator = run.rng(step), run.generator(step)
+        chosen = torch.from_numpy(rng.integers(len(latents), size=config.batch))
+        clean, captions = latents[chosen].float(), tokens[chosen].long()
+        captions[torch.from_numpy(rng.random(config.batch) < config.caption_dropout)] = empty
+        noise = torch.randn(clean.shape, generator=generator)
+        # One timestep from each of `batch` equal parts of the schedule: the loss varies less than with free draws.
+        spread = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
+        timesteps = (spread * scheduler.config.num_train_timesteps).long()
+        clean, noise, timesteps, captions = (x.to(run.device) for x in (clean, noise, timesteps, captions))
+        noisy = scheduler.add_noise(clean, noise, timesteps)
+        target = scheduler.get_velocity(clean, noise, timesteps)  # v = sqrt(a) noise - sqrt(1 - a) clean
+        with run.accelerator.autocast():
+            loss = (model(noisy, timesteps, captions) - target).square().mean()
+        optimizer.zero_grad()
+        run.accelerator.backward(loss)
+        norm = run.accelerator.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(denoiser)
+        run.log(loss=loss, gradient=norm)
+
+        if run.due(step, config.run.sample_every) and run.is_main:
+            pictures = _sample(_pipeline(vae, tokenizer, average.module, scheduler), samples, config)
+            run.sheet(step, [[picture] for picture in pictures], samples)
+
+    if run.is_main:
+        _save(run.folder / "model", _pipeline(vae, tokenizer, average.module, scheduler), source)
+    return run.folder / "model"
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def _load_vae(folder: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"vae = {folder!r} is no folder of an AutoencoderKL: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _build(config: Config, vae: Any, vocabulary: int) -> Denoiser:
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = config.model
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=model.text_width,
+            intermediate_size=4 * model.text_width,
+            projection_dim=model.text_width,
+            num_hidden_layers=model.text_layers,
+            num_attention_heads=model.heads,
+            max_position_embeddings=model.tokens,
+            bos_token_id=vocabulary - 2,
+            eos_token_id=vocabulary - 1,
+            pad_token_id=vocabulary - 1,
+        )
+    )
+    down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in model.attention]
+    unet = UNet2DConditionModel(
+        sample_size=model.side // 2 ** (len(vae.config.block_out_channels) - 1),
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        block_out_channels=model.channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        layers_per_block=model.layers_per_block,
+        cross_attention_dim=model.text_width,
+        attention_head_dim=model.heads,
+        norm_num_groups=model.norm_groups,
+    )
+    return Denoiser(text_encoder, unet)
+
+
+def _scheduler() -> Any:
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def _tokenizer(run: Run, source: Source, config: Config) -> Any:
+    """A CLIP tokenizer whose merges are learned from captions (byte pair encoding, Sennrich et al. 2016)."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer
+
+    folder = run.folder / "tokenizer"
+    if run.is_main and not (folder / "vocab.json").exists():
+        captions = source.captions(np.random.default_rng([config.run.seed, 2**31]), 20_000) or ["a picture"]
+        bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+        bpe.normalizer = normalizers.Lowercase()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.model.vocabulary,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            end_of_word_suffix="</w>",
+            show_progress=False,
+        )
+        bpe.train_from_iterator(captions, trainer)
+        merges = json.loads(bpe.to_str())["model"]["merges"]
+        folder.mkdir(exist_ok=True)
+        write_vocabulary(folder, [m if isinstance(m, str) else " ".join(m) for m in merges])
+    run.accelerator.wait_for_everyone()
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=config.model.tokens)
+
+
+def _tokenize(tokenizer: Any, captions: list[str], config: Config) -> list[list[int]]:
+    return tokenizer(captions, padding="max_length", max_length=config.model.tokens, truncation=True).input_ids
+
+
+@torch.no_grad()
+def _cache(run: Run, source: Source, vae: Any, tokenizer: Any, config: Config) -> tuple[Tensor, Tensor]:
+    """Latents (N, C, h, w), of unit variance, float16, and token ids (N, L), int32; made once, kept in the run."""
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    path = run.folder / "latents.safetensors"
+    if run.is_main and not path.exists():
+        rng = np.random.default_rng([config.run.seed, 2**31 + 1])
+        latents, tokens = [], []
+        for start in tqdm(range(0, config.cached_pictures, 64), unit_scale=64, desc="latents", mininterval=2):
+            pictures, captions = source.batch(rng, min(64, config.cached_pictures - start), config.model.side)
+            batch = as_tensor(pictures).to(run.device, memory_format=run.memory_format)
+            with run.accelerator.autocast():
+                mean = vae.encode(batch).latent_dist.mean
+            latents.append((mean * vae.config.scaling_factor).half().cpu())
+            tokens.append(torch.tensor(_tokenize(tokenizer, captions, config), dtype=torch.int32))
+        part = path.with_suffix(".part")
+        save_file({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, part)
+        part.replace(path)
+    run.accelerator.wait_for_everyone()
+    cached = load_file(path)
+    return cached["latents"], cached["tokens"]
+
+
+def _sample_captions(source: Source, config: Config) -> list[str]:
+    """Sixteen captions for the sheets, of what is not trained on."""
+    return source.held_out().batch(np.random.default_rng([config.run.seed, 2**31 + 2]), 16, config.model.side)[1]
+
+
+def _pipeline(vae: Any, tokenizer: Any, denoiser: Any, scheduler: Any) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=denoiser.text_encoder,
+        tokenizer=tokenizer,
+        unet=denoiser.unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sample(pipeline: Any, captions: list[str], config: Config) -> Tensor:
+    """One picture a caption, 25 steps, seeds 0, 1, ...: (N, 3, side, side) in 0..1."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(captions))]
+    output = pipeline(
+        captions,
+        num_inference_steps=25,
+        guidance_scale=config.sample_guidance,
+        generator=generators,
+        output_type="pt",
+        height=config.model.side,
+        width=config.model.side,
+    )
+    return output.images
+
+
+def _save(folder: Path, pipeline: Any, source: Source) -> None:
+    pipeline.save_pretrained(folder)
+    merges = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    write_vocabulary(folder / "tokenizer", [m if isinstance(m, str) else " ".join(m) for m in merges])
+    words = source.words()
+    if words:
+        (folder / "words.json").write_text(json.dumps(words, indent=1) + "\n", encoding="utf-8")
