@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from diffusers import (
     AutoencoderKL,
     StableDiffusionImg2ImgPipeline,
@@ -71,6 +73,17 @@ class _Components(Finish):
             upscaler=upscaler,
             requires_safety_checker=requires_safety_checker,
         )
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, whose clip skip asks for an attribute that transformers 5.6 took away."""
+        attributes = self.text_encoder.__dict__
+        if hasattr(self.text_encoder, "text_model"):
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
+        attributes["text_model"] = self.text_encoder
+        try:
+            return super().encode_prompt(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del attributes["text_model"]
 
 
 class _ComponentsXL(Finish):

@@ -6,6 +6,7 @@ theirs is repeated here.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -19,7 +20,12 @@ from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 
 from diptych.errors import DiptychError
 from diptych.pipelines.upscaler import DiptychUpscaler
-from diptych.upscalers.engine import upscale_tensor
+from diptych.upscalers.channels import for_any_channels
+from diptych.upscalers.engine import upscale_rows
+from diptych.upscalers.official import embedded_model
+from diptych.upscalers.passes import Model
+from diptych.upscalers.runner import halo_of
+from diptych.upscalers.sources import TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +50,6 @@ class Finish:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str] | None = None, **kwargs: Any) -> Any:
         """As in diffusers; with no argument, the embedded model."""
         if pretrained_model_name_or_path is None:
-            from diptych.upscalers.official import embedded_model
-
             pretrained_model_name_or_path = embedded_model()
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
 
@@ -99,7 +103,7 @@ class Finish:
                 )
         finally:
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]
-        return output if return_dict else output.to_tuple()
+        return output if return_dict else tuple(getattr(output, field.name) for field in dataclasses.fields(output))
 
     @torch.no_grad()
     def upscale_pictures(
@@ -113,16 +117,16 @@ class Finish:
         if self.upscaler is None:
             raise ValueError("this pipeline has no upscaler: load one with upscaler=DiptychUpscaler.from_name(...)")
         network = self.upscaler.network
-        return upscale_tensor(
-            self.upscaler,
-            pictures,
+        model = Model(
+            compute=for_any_channels(self.upscaler, network.in_channels),
             scale=network.scale,
-            halo=network.radius,
+            halo=halo_of(network),
             multiple=network.multiple,
-            out_scale=upscale,
-            progress=progress,
-            cancel=cancel,
-        ).clamp(0, 1)
+            device=pictures.device,
+            on_overflow=self.upscaler.widen,
+        )
+        strips = upscale_rows(model, TensorSource(pictures), upscale, progress=progress, cancel=cancel)
+        return torch.cat(list(strips), dim=2).clamp(0, 1)  # Lanczos may overshoot
 
     def _check_upscale(self, upscale: float, output_type: str, kwargs: dict[str, Any]) -> None:
         if self.upscaler is None:

@@ -18,6 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 
 from diptych.errors import CheckpointError
 from diptych.upscalers.networks import ARCHITECTURES, Network
+from diptych.upscalers.upscaler import Upscaler
 
 
 class DiptychUpscaler(ModelMixin, ConfigMixin):
@@ -65,16 +66,20 @@ class DiptychUpscaler(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_name(cls, name_or_path: str | os.PathLike[str]) -> DiptychUpscaler:
-        """An official upscaler by name, or a file of weights. Raises ModelNotFound or CheckpointError."""
-        from diptych.upscalers.checkpoints import load_network_file
-        from diptych.upscalers.official import resolve
-
-        return cls.from_network(load_network_file(resolve(name_or_path)))
+        """An official upscaler by name, or a file or folder of weights. Raises what `Upscaler.from_pretrained` does."""
+        return cls.from_network(Upscaler.from_pretrained(name_or_path, device="cpu", dtype="fp32").network)
 
     @property
     def network(self) -> Network:
         """The plain network and what the engine must know about it."""
         return self._network
+
+    def widen(self) -> bool:
+        """Goes over to fp32. False if that cannot help or be done: it is in fp32, or offload keeps the weights away."""
+        if self.dtype is torch.float32 or self.device.type == "meta":
+            return False
+        torch.nn.Module.to(self, torch.float32)
+        return True
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         """RGB pictures (N, C, H, W), 0..1, to (N, C, scale * H, scale * W); computed in the network's precision."""

@@ -165,3 +165,29 @@ def tiny_xl_folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPath
     )
     pipeline.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_srvgg():
+    """A function (num_conv, num_feat, upscale, gain, num_in_ch) -> a small loaded SRVGGNetCompact with random weights.
+
+    gain 1 gives an output that depends on all of its receptive field; gain 0 exactly repeats every pixel.
+    """
+    import torch
+
+    from diptych.upscalers.networks import SRVGGNetCompact, load_network
+
+    def make(num_conv: int = 2, num_feat: int = 8, upscale: int = 4, gain: float = 1.0, num_in_ch: int = 3):
+        torch.manual_seed(num_conv)
+        module = SRVGGNetCompact(num_in_ch, num_in_ch, num_feat, num_conv, upscale)
+        weights = module.state_dict()
+        for key, weight in weights.items():
+            if weight.ndim == 4:
+                torch.nn.init.orthogonal_(weight, 1.3)
+            elif key != "body.1.weight" and not torch.allclose(weight, torch.tensor(0.25)):
+                weight.uniform_(-0.1, 0.1)
+        for name in ("weight", "bias"):
+            weights[f"body.{2 * num_conv + 2}.{name}"] *= 0.3 * gain
+        return load_network(weights)
+
+    return make

@@ -1,0 +1,94 @@
+"""From the `parameters` text of a picture back to a request that draws it again, also for Automatic1111's pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from diptych.errors import ImageError
+from diptych.infotext import Infotext, parse_infotext
+
+# Settings that say nothing about how to draw, or that something else says already.
+_SILENT = {"Version", "Model", "Model hash", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes", "TI", "User"}
+_SILENT |= {"Schedule type", "Denoised size", "Postprocess upscaler"}
+
+
+def read_infotext(file: str | os.PathLike[str]) -> Infotext:
+    """The `parameters` text of a PNG, parsed. Raises ImageError if it cannot be read, or has none that makes sense."""
+    try:
+        with Image.open(file) as image:
+            image.load()  # the text may come after the pixels
+            text = image.info.get("parameters")
+    except (UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise ImageError(f"{file} is no picture that can be read") from error
+    except FileNotFoundError as error:
+        raise ImageError(f"there is no picture {file}") from error
+    except OSError as error:
+        raise ImageError(f"{file} cannot be read: {error.strerror or error}") from error
+    if not isinstance(text, str):
+        raise ImageError(f"{file} has no `parameters` text inside: only PNGs written by Diptych or Automatic1111 have")
+    try:
+        return parse_infotext(text)
+    except ValueError as error:
+        raise ImageError(f"{file}: {error}") from error
+
+
+def request_fields(info: Infotext) -> tuple[dict[str, Any], list[str]]:
+    """Arguments for a `GenerationRequest`, and notes on what they cannot repeat.
+
+    Raises ValueError for a setting whose value is nonsense.
+    """
+    settings = dict(info.settings)
+    fields: dict[str, Any] = {"prompt": info.prompt, "negative_prompt": info.negative_prompt, "upscale": 1.0}
+    notes: list[str] = []
+
+    def take(name: str, field: str, convert: Callable[[str], Any]) -> None:
+        value = settings.pop(name, None)
+        if value is not None:
+            try:
+                fields[field] = convert(value)
+            except ValueError as error:
+                raise ValueError(
+                    f"the setting {name!r} of the `parameters` text is nonsense: {value[:60]!r}"
+                ) from error
+
+    take("Steps", "steps", int)
+    take("CFG scale", "guidance_scale", float)
+    take("Seed", "seed", int)
+    take("Clip skip", "clip_skip", int)
+    take("Size", "size", _size)
+    fields["width"], fields["height"] = fields.pop("size", (None, None))
+    take("Sampler", "scheduler", str)
+    kind = settings.get("Schedule type", "Automatic")
+    if kind != "Automatic" and "scheduler" in fields:
+        fields["scheduler"] += f" {kind}"
+    take("Postprocess upscale by", "upscale", float)
+    hires = "Hires upscale" in settings
+    take("Hires upscale", "upscale", float)
+    if hires:
+        notes.append("the picture was denoised a second time after it was enlarged: here the GAN enlarges it")
+    take("Denoising strength", "strength", float)
+    if "strength" in fields and not hires:
+        notes.append("the picture was made from another picture: give that one with --init")
+    take("Loras", "loras", _loras)
+    if settings.pop("RNG", "GPU") != "CPU":
+        notes.append("its noise was drawn on a GPU: the picture will differ, since noise is drawn on the CPU here")
+    unused = [name for name in settings if name not in _SILENT and not name.startswith("Hires ")]
+    if unused:
+        notes.append(f"not used from its settings: {', '.join(unused)}")
+    if "seed" not in fields:
+        notes.append("it names no seed: a random one is taken")
+    return fields, notes
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, height = text.lower().split("x")
+    return int(width), int(height)
+
+
+def _loras(text: str) -> list[tuple[str, float]]:
+    pairs = [entry.rsplit(":", 1) for entry in text.split(",")]
+    return [(name.strip(), float(weight)) for name, weight in pairs]
