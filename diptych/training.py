@@ -120,6 +120,7 @@ class Run:
 
     def __init__(self, config: Any, resume: bool = False) -> None:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         self.config: RunConfig = config.run
         self.folder = Path(self.config.folder)
@@ -138,6 +139,7 @@ class Run:
         if resume:
             self._check_identity()
         self.resume = resume
+        AcceleratorState._reset_state()  # else the first run of a process fixes the precision of all later ones
         self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
         self.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process

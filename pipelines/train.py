@@ -241,7 +241,7 @@ def _cache(run: Run, source: Source, vae: Any, tokenizer: Any, config: Config) -
             batch = as_tensor(pictures).to(run.device, memory_format=run.memory_format)
             with run.accelerator.autocast():
                 mean = vae.encode(batch).latent_dist.mean
-            latents.append((mean * vae.config.scaling_factor).half().cpu())
+            latents.append((mean * vae.config.scaling_factor).half().cpu().contiguous())
             tokens.append(torch.tensor(_tokenize(tokenizer, captions, config), dtype=torch.int32))
         part = path.with_suffix(".part")
         save_file({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, part)
