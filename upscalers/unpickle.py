@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import pickletools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -77,7 +77,8 @@ def unpickle(stream: Stream, persistent_load: Callable[[Any], Any] | None = None
     outer: list[list[Any]] = []  # the stacks below the open marks
     memo: dict[int, Any] = {}
 
-    for number, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+    instructions: Any = pickletools.genops(cast(Any, stream))
+    for number, (opcode, arg, _) in enumerate(instructions):
         if number > MAX_INSTRUCTIONS:
             raise CheckpointError(f"its pickle has over {MAX_INSTRUCTIONS:,} instructions: it holds more than weights")
         match opcode.name:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -158,7 +158,9 @@ def receptive_radius(path: Iterable[nn.Module], scale: int, multiple: int = 1) -
             elif isinstance(step, nn.PixelUnshuffle):
                 low, high = low * step.downscale_factor, (high + 1) * step.downscale_factor - 1
             elif isinstance(step, (nn.PixelShuffle, nn.Upsample)):
-                factor = step.upscale_factor if isinstance(step, nn.PixelShuffle) else int(step.scale_factor or 1)
+                factor = (
+                    step.upscale_factor if isinstance(step, nn.PixelShuffle) else int(cast(float, step.scale_factor))
+                )
                 low, high = low // factor, high // factor
         radius = max(radius, phase - low, high - phase)
     return radius

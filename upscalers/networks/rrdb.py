@@ -30,10 +30,12 @@ class ResidualDenseBlock(nn.Module):
         self.conv3 = nn.Conv2d(num_feat + 2 * num_grow_ch, num_grow_ch, 3, padding=1)
         self.conv4 = nn.Conv2d(num_feat + 3 * num_grow_ch, num_grow_ch, 3, padding=1)
         self.conv5 = nn.Conv2d(num_feat + 4 * num_grow_ch, num_feat, 3, padding=1)
-        for convolution in self.children():  # a small start keeps the residual sum of many blocks near the identity
-            nn.init.kaiming_normal_(convolution.weight)
-            convolution.weight.data.mul_(0.1)
-            nn.init.zeros_(convolution.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:  # a small start keeps the residual sum of many blocks near the identity
+                nn.init.kaiming_normal_(parameter)
+                parameter.data.mul_(0.1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         seen = x
