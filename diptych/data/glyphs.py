@@ -254,7 +254,7 @@ def _place(rng: np.random.Generator, subjects: Sequence[str]) -> tuple[Placement
 
 def render(composition: Composition, side: int) -> np.ndarray:
     """The picture, uint8 (side, side, 3)."""
-    canvas = Image.fromarray(_paint(composition.background, side))
+    canvas = Image.fromarray(paint(composition.background, side))
     for placed in composition.glyphs:
         length = max(1, round(placed.size * side))
         picture = glyph(placed.subject).resize((length, length), Image.Resampling.LANCZOS)
@@ -263,7 +263,8 @@ def render(composition: Composition, side: int) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def _paint(background: Background, side: int) -> np.ndarray:
+def paint(background: Background, side: int) -> np.ndarray:
+    """The background alone, uint8 (side, side, 3)."""
     first, second = (np.float32(COLOURS[c]) for c in (background.colours * 2)[:2])
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     if background.kind == "plain":
