@@ -78,7 +78,10 @@ def test_a_wheel_carries_the_model_the_extension_and_the_licence(wheel: Path) ->
 
 
 def test_import_diptych_loads_no_third_party_package(tmp_path: Path) -> None:
-    code = "import sys; before = set(sys.modules); import diptych; print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    code = (
+        "import sys; before = set(sys.modules); import diptych;"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
     loaded = set(python(code, cwd=tmp_path, path=ROOT).split())
     assert loaded - {"diptych"} <= set(sys.stdlib_module_names)
 
@@ -97,7 +100,8 @@ def test_the_upscalers_load_only_what_every_host_has(tmp_path: Path) -> None:
     code = (
         "import sys, torch, numpy, safetensors.torch, PIL.Image; before = set(sys.modules)\n"
         "from diptych.upscalers import Upscaler\n"
-        "print(*{m.split('.')[0] for m in set(sys.modules) - before}, *{m for m in sys.modules if m.startswith('diptych')})"
+        "loaded = set(sys.modules) - before\n"
+        "print(*(m.split('.')[0] for m in loaded), *(m for m in loaded if m.startswith('diptych')))"
     )
     loaded = set(python(code, cwd=tmp_path, path=ROOT).split())
     ours = {name for name in loaded if name.startswith("diptych")}
@@ -105,8 +109,8 @@ def test_the_upscalers_load_only_what_every_host_has(tmp_path: Path) -> None:
     assert {name for name in ours if not name.startswith("diptych.upscalers")} <= {"diptych", "diptych.errors"}
 
 
-# Which parts of Diptych a package may import at all, anywhere in its files. `diptych` below stands for the light modules
-# of the front door; trainers may use the training parts as well.
+# Which parts of Diptych a package may import at all, anywhere in its files: whole packages, and single light modules
+# of the front door. Trainers may use the training parts as well.
 LIGHT = {"diptych", "diptych.errors", "diptych.infotext"}
 TRAINING = {"diptych.training", "diptych.metrics", "diptych.data"}
 MAY_IMPORT = {

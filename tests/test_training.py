@@ -1,4 +1,4 @@
-"""The trainers: they resume to the bit, refuse what cannot work before any time is spent, and write what others read."""
+"""The trainers resume to the bit, refuse what cannot work before any time is spent, and write what others read."""
 
 import csv
 import json
