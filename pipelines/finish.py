@@ -7,6 +7,7 @@ theirs is repeated here.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 
-from diptych.errors import DiptychError
+from diptych.errors import DiptychError, UnknownArchitecture
 from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.channels import for_any_channels
 from diptych.upscalers.engine import upscale_rows
@@ -52,6 +53,39 @@ class Finish:
         if pretrained_model_name_or_path is None:
             pretrained_model_name_or_path = embedded_model()
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        torch_dtype: torch.dtype | None = None,
+        prediction_type: str | None = None,
+        **components: Any,
+    ) -> Any:
+        """A checkpoint file (`.safetensors`, `.ckpt`) in the original key layout; no network: see `read_components`.
+
+        Raises UnknownArchitecture for a file of a family that this class does not draw.
+        """
+        from diptych.pipelines.single_file import read_components
+
+        upscaler = components.pop("upscaler", None)
+        settings = {"config": config, "torch_dtype": torch_dtype, "prediction_type": prediction_type}
+        parts, family, inpaints = read_components(pretrained_model_link_or_path, **settings, **components)
+        if family.is_xl != ("text_encoder_2" in inspect.signature(cls.__init__).parameters):
+            raise UnknownArchitecture(
+                f"{pretrained_model_link_or_path} is {family.name}: {cls.__name__} cannot draw it"
+            )
+        if inpaints and "Inpaint" not in cls.__name__:
+            raise UnknownArchitecture(
+                f"{pretrained_model_link_or_path} is an inpainting model: {cls.__name__} cannot draw it"
+            )
+        if not family.is_xl:
+            parts["requires_safety_checker"] = False
+        pipeline = cls(**parts, upscaler=upscaler)
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_link_or_path))  # type: ignore[attr-defined]
+        return pipeline
 
     def to_json_string(self) -> str:
         """The text of `model_index.json`. It names diffusers' class, so that diffusers alone can open the folder."""

@@ -20,7 +20,7 @@ from diptych.pipelines.diptych import (
     DiptychXLInpaintPipeline,
     DiptychXLPipeline,
 )
-from diptych.pipelines.single_file import load_vae, read_components
+from diptych.pipelines.single_file import family_of, load_vae
 from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.device import pick_device, pick_dtype
 from diptych.upscalers.official import embedded_model
@@ -86,20 +86,12 @@ def model_name(pipeline: Any) -> str:
 def _from_file(path: Path, torch_dtype: torch.dtype, vae: str | os.PathLike[str] | None) -> Any:
     if path.suffix.lower() not in _FILES:
         raise CheckpointError(f"{path} is no model: a model is a diffusers folder, a .safetensors or a .ckpt file")
-    given: dict[str, Any] = {}
-    if vae is not None:
-        from diptych.pipelines.families import recognise
-        from diptych.upscalers.checkpoints import read_state_dict
-
-        family, _ = recognise(read_state_dict(path))
-        given["vae"] = load_vae(vae, family.config, torch_dtype)
-    components, family, inpaints = read_components(path, torch_dtype=torch_dtype, **given)
+    family, inpaints = family_of(path)
     cls: Any = DiptychXLPipeline if family.is_xl else DiptychPipeline
     if inpaints:
         cls = DiptychXLInpaintPipeline if family.is_xl else DiptychInpaintPipeline
-    pipeline = cls(**components) if family.is_xl else cls(**components, requires_safety_checker=False)
-    pipeline.register_to_config(_name_or_path=str(path))
-    return pipeline
+    given = {} if vae is None else {"vae": load_vae(vae, family.config, torch_dtype)}
+    return cls.from_single_file(path, torch_dtype=torch_dtype, **given)
 
 
 def _from_folder(path: Path, torch_dtype: torch.dtype) -> Any:

@@ -6,6 +6,7 @@ as data (`diptych.upscalers.checkpoints`).
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
+from diffusers.loaders.single_file_utils import SingleFileComponentError, create_diffusers_clip_model_from_ldm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diptych.errors import CheckpointError, DiptychError, UnknownArchitecture
-from diptych.pipelines.families import SD2, UNET, VAES, Family, StateDict, predicts_v, predicts_v_by_name, recognise
+from diptych.pipelines.families import SD2, VAES, Family, StateDict, predicts_v, predicts_v_by_name, recognise
 from diptych.pipelines.tokenizer import clip_tokenizer
 from diptych.upscalers.checkpoints import read_state_dict
 
@@ -43,10 +44,8 @@ def read_components(
     """
     path = Path(file)
     weights = _tidy(read_state_dict(path))
-    try:
+    with _blaming(path):
         family, inpaints = recognise(weights)
-    except UnknownArchitecture as error:
-        raise UnknownArchitecture(f"{path} cannot be used as a model: {error}") from error
     folder = Path(config) if config is not None else family.config
     made: dict[str, Any] = dict(given)
     settings = {"config": str(folder), "torch_dtype": torch_dtype}
@@ -79,6 +78,12 @@ def read_components(
         if family is SD2 and prediction_type == "v_prediction" and config is None:
             made["unet"].register_to_config(sample_size=96)  # the v models of this family draw 768 pixels
     return made, family, inpaints
+
+
+def family_of(file: str | os.PathLike[str]) -> tuple[Family, bool]:
+    """The family of a checkpoint file, and whether it is an inpainting model. Raises what `read_components` does."""
+    with _blaming(Path(file)):
+        return recognise(read_state_dict(file))
 
 
 def load_vae(file: str | os.PathLike[str], like: Any, torch_dtype: torch.dtype | None = None) -> AutoencoderKL:
@@ -142,7 +147,7 @@ def _asks(unet: Any) -> bool:
 
 
 def _scheduler(folder: Path, prediction_type: str, zero_snr: bool) -> Any:
-    name = diffusers.SchedulerMixin.load_config(folder, subfolder="scheduler", local_files_only=True)["_class_name"]
+    name = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))["_class_name"]
     changed: dict[str, Any] = {"prediction_type": prediction_type}
     if zero_snr:
         changed |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -169,9 +174,8 @@ class _blaming:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, DiptychError) and str(self._path) not in str(error):
             raise type(error)(f"{self._path} cannot be used: {error}") from error
-        if isinstance(error, (ValueError, KeyError, RuntimeError, AttributeError)):
+        if isinstance(error, (ValueError, KeyError, RuntimeError, AttributeError, OSError, SingleFileComponentError)):
             said = " ".join(str(error).split())[:200]
+            if "meta tensor" in said:  # what torch says of a weight that nothing was loaded into
+                said = "some of its weights are missing"
             raise CheckpointError(f"{self._path} does not have the shape of a model of its kind: {said}") from error
-
-
-__all__ = ["UNET", "load_vae", "read_components"]

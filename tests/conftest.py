@@ -116,6 +116,8 @@ def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 @pytest.fixture(scope="session")
 def web_server(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """Page and service on loopback with the tiny model and small limits; one for the whole run."""
+    import torch
+
     from diptych.webui.server import WebServer
     from diptych.webui.settings import Limits, Settings
 
@@ -124,9 +126,12 @@ def web_server(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFact
     )
     outputs = tmp_path_factory.mktemp("made") / "outputs"
     server = WebServer(Settings(port=0, model=str(tiny_pipeline_folder), outputs=outputs, limits=limits, dtype="fp32"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a model this small is not faster with more, and the browser wants some too
     server.start()
     yield server
     server.stop()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -141,7 +146,7 @@ def tiny_xl_folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("tiny-xl") / "tiny-xl-model"
     parts = DiptychPipeline.from_pretrained(tiny_pipeline_folder).components
     torch.manual_seed(1)
-    text_config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "projection_dim": 32})
+    text_config = CLIPTextConfig(**{**parts["text_encoder"].config.to_dict(), "hidden_size": 48, "projection_dim": 48})
     pipeline = DiptychXLPipeline(
         vae=parts["vae"],
         text_encoder=parts["text_encoder"],
@@ -155,13 +160,13 @@ def tiny_xl_folder(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPath
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 1),
-            cross_attention_dim=64,
+            cross_attention_dim=80,
             attention_head_dim=8,
             norm_num_groups=8,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=80,
+            projection_class_embeddings_input_dim=96,
         ),
         scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012),
         upscaler=parts["upscaler"],
