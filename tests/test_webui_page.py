@@ -30,8 +30,8 @@ def browser(tmp_path_factory):
             tmp_path_factory.mktemp("chromium"), executable_path=CHROMIUM, headless=True, args=FLAGS,
             viewport={"width": 1280, "height": 900},
         )  # fmt: skip
-        context.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
+        context.set_default_timeout(15_000)
+        expect.set_options(timeout=15_000)
         yield context
         context.close()
 
@@ -42,7 +42,7 @@ def page(browser, web_server):
     page, troubles = browser.new_page(), []
     page.on("request", lambda r: r.url.startswith((web_server.url, "data:", "blob:")) or troubles.append(r.url))
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("console", lambda message: message.type == "error" and troubles.append(message.text))
+    page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status} {r.url}"))
     page.goto(web_server.url)
     expect(page.locator("#prompt textarea")).to_be_visible()
     yield page

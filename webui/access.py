@@ -244,12 +244,12 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
             return b"".join(parts)
 
 
-async def _drain(receive: Receive, seconds: float = 10) -> None:
+async def _drain(receive: Receive, seconds: float = 10, silence: float = 1) -> None:
     """Throws away what is still coming, for a while, so that the client gets to read the answer."""
     deadline = time.monotonic() + seconds
     try:
         while (left := deadline - time.monotonic()) > 0:
-            message = await asyncio.wait_for(receive(), left)
+            message = await asyncio.wait_for(receive(), min(left, silence))
             if message["type"] == "http.disconnect" or not message.get("more_body"):
                 return
     except TimeoutError:

@@ -320,6 +320,8 @@ def check_limits(requests: Sequence[GenerationRequest], limits: Limits) -> None:
         if value > limit:
             raise ValueError(f"{name} is {value:,}, and the limit is {limit:,}: ask for less")
     for request in requests:
+        if any("\ud800" <= letter <= "\udfff" for letter in request.prompt + request.negative_prompt):
+            raise ValueError("the prompt has halves of characters in it (lone surrogates): send whole ones")
         if request.width and request.height:
             upscale = request.upscale or 1
             _check_result((round(request.width * upscale), round(request.height * upscale)), limits)
@@ -327,9 +329,8 @@ def check_limits(requests: Sequence[GenerationRequest], limits: Limits) -> None:
 
 def _check_result(size: tuple[int, int], limits: Limits) -> None:
     if size[0] * size[1] > limits.output_pixels:
-        raise ValueError(
-            f"the picture would have {size[0]} x {size[1]} pixels, and the limit is {limits.output_pixels:,}: ask for less"
-        )
+        sides = f"{size[0]} x {size[1]}"
+        raise ValueError(f"the picture would have {sides} pixels, and the limit is {limits.output_pixels:,}")
 
 
 def _blend(layers: list[Image.Image], visibility: float) -> Image.Image:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EMBEDDED_UPSCALER = "Diptych"  # the one that comes along
+_EMBEDDED, EMBEDDED_UPSCALER = "diptych-glyphs", "Diptych"  # the model that comes along, and its upscaler
 _RESAMPLING = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 
 
@@ -96,8 +96,8 @@ class ModelStore:
         raise ModelNotFound(f"there is no model called {name[:100]!r}: choose one of {names}")
 
     def upscalers(self) -> list[UpscalerChoice]:
-        """What can enlarge now: the embedded network, official ones that are there, files in the folder, resampling."""
-        choices = [UpscalerChoice(EMBEDDED_UPSCALER, folder, 4) for folder in self._own_upscalers()]
+        """What can enlarge now: the models' own networks, official ones, files in the folder, and resampling."""
+        choices = [UpscalerChoice(name, folder, None) for name, folder in self._models_own_upscalers()]
         choices += [
             UpscalerChoice(name, cache_folder() / entry.filename, entry.scale)
             for name, entry in OFFICIAL.items()
@@ -187,11 +187,11 @@ class ModelStore:
             loaded = self._loaded.get(("model", self.current.name))
         return unknown_words(loaded[0], prompt) if loaded else []
 
-    def _own_upscalers(self) -> Iterator[Path]:
-        try:
-            yield embedded_model() / "upscaler"
-        except ModelNotFound:
-            return
+    def _models_own_upscalers(self) -> Iterator[tuple[str, Path]]:
+        for item in self.checkpoints():
+            folder = Path(item.source) / "upscaler"
+            if (folder / "config.json").is_file():
+                yield (EMBEDDED_UPSCALER if item.name == _EMBEDDED else item.name), folder
 
     def _component(self, choice: UpscalerChoice, pipeline: Any) -> Any:
         from diptych.pipelines.upscaler import DiptychUpscaler

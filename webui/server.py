@@ -52,11 +52,12 @@ class WebServer:
         return f"http://{f'[{host}]' if ':' in host and '[' not in host else host}:{self.port}"
 
     def warm_up(self) -> None:
-        """Imports what the first picture needs, and lets the model load while the page is already there."""
-        import diptych.pipelines.generation  # noqa: F401
-        import diptych.pipelines.loading  # noqa: F401
-
-        self.backend.load("server", self.backend.models.current.name)
+        """Loads the model, so that one that cannot be loaded is an error at the start. Raises what loading raises."""
+        job = self.backend.load("server", self.backend.models.current.name)
+        job.wait()
+        if job.error is not None:
+            self.backend.close()
+            raise job.error
 
     def serve(self) -> None:
         """Serves until Ctrl+C or SIGTERM."""
