@@ -26,7 +26,7 @@ def for_any_channels(compute: Compute, network_channels: int) -> Compute:
         if network_channels == 1:
             out = compute(tile.reshape(batch * channels, 1, height, width))
             return out.reshape(batch, channels, *out.shape[2:])
-        return compute(tile.expand(batch, 3, height, width)).float().mean(1, keepdim=True)
+        return compute(tile.expand(batch, 3, height, width)).float().clamp(0, 1).mean(1, keepdim=True)
 
     def run_with_alpha(tile: torch.Tensor) -> torch.Tensor:
         channels = tile.shape[1] - 1
@@ -38,7 +38,7 @@ def for_any_channels(compute: Compute, network_channels: int) -> Compute:
             return torch.cat([out, alpha[:1, :, :1, :1].to(out.dtype).expand(len(out), 1, *out.shape[2:])], 1)
         both = run(torch.cat([colour, alpha.expand_as(colour)])).float()
         out, grown = both.chunk(2)
-        return torch.cat([out, _keep_flat(alpha, grown.mean(1, keepdim=True))], 1)
+        return torch.cat([out, _keep_flat(alpha, grown.clamp(0, 1).mean(1, keepdim=True))], 1)
 
     return run_with_alpha
 

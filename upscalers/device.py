@@ -110,9 +110,16 @@ def _onednn_may_use_bf16() -> bool:
     )
 
 
-def tile_pixels(device: torch.device) -> int:
-    """How many input pixels one call of a network should get, halos included."""
-    return 1 << 20 if device.type == "cuda" else 1 << 16
+def tile_pixels(device: torch.device, bytes_per_pixel: int = 6144) -> int:
+    """How many input pixels one call of a network should get, halos included.
+
+    bytes_per_pixel: what the network holds at its widest, for each of them; the default is that of an RRDBNet in half
+    precision. On a cpu a tile may take half a gigabyte, on a GPU half of what is free; beyond the limits given here
+    larger tiles gain nothing: their halos are a small part already.
+    """
+    if device.type == "cuda":
+        return max(min(torch.cuda.mem_get_info(device)[0] // 2 // bytes_per_pixel, 1 << 20), 1 << 12)
+    return max(min((1 << 29) // bytes_per_pixel, 1 << 18), 1 << 12)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

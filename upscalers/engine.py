@@ -83,7 +83,9 @@ def upscale_rows(
         raise ValueError(f"tile must be auto or a positive number of pixels, not {tile!r}")
     out_height, out_width = output_size(source.height, source.width, scale)
     count = passes_needed(model.scale, scale)
-    margins = _margins(model, source, (out_height, out_width), count, border)
+    grown = (source.height * model.scale**count, source.width * model.scale**count)
+    resized = grown != (out_height, out_width)
+    margins = _margins(model, grown, (out_height, out_width), count, border)
     meter, tiler = Meter(progress), Tiler(model, tile)
     rows, columns = (0, source.height), (0, source.width)  # where the picture lies in what the stage reads
     for index, margin in enumerate(margins):
@@ -101,11 +103,12 @@ def upscale_rows(
         rows = (inset, stage.size[0] - inset)
         columns = (inset, stage.size[1] - inset)
         source = StripSource(stage.strips(), source.batch, *stage.size)
-    return lanczos_rows(
+    strips = lanczos_rows(
         stage.strips(),
         Axis(stage.size[0], out_height, rows[0], rows[1] - rows[0]),
         Axis(stage.size[1], out_width, columns[0], columns[1] - columns[0]),
     )
+    return (strip.clamp(0, 1) for strip in strips) if resized else strips
 
 
 def output_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -123,18 +126,17 @@ def passes_needed(network_scale: int, scale: float) -> int:
     return count
 
 
-def _margins(model: Model, source: Source, out_size: tuple[int, int], count: int, border: Border) -> list[int]:
+def _margins(model: Model, grown: tuple[int, int], out_size: tuple[int, int], count: int, border: Border) -> list[int]:
     """How far around the picture each pass must compute, in its input pixels, for what the later stages look at.
 
     With border "zero" nothing lies there. Otherwise the first pass reads the extended picture and the stages after it
-    are given more than they need, so that they see no edge of their own.
+    are given more than they need, so that they see no edge of their own. grown: the size after all passes.
     """
     if border == "zero":
         return [0] * count
-    height, width = source.height * model.scale**count, source.width * model.scale**count
     needed = 0
-    if out_size != (height, width):
-        needed = math.ceil(3 * max(height / out_size[0], width / out_size[1], 1)) + 1
+    if out_size != grown:
+        needed = math.ceil(3 * max(grown[0] / out_size[0], grown[1] / out_size[1], 1)) + 1
     margins = []
     for _ in range(count):
         margin = round_up(-(-needed // model.scale), model.multiple)

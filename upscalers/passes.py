@@ -48,6 +48,8 @@ class Model:
     multiple: int = 1
     """Sides given to `compute` are multiples of this; a picture's are filled up by mirroring."""
     device: torch.device = torch.device("cpu")
+    pixels: int | None = None
+    """Input pixels, halos included, that one call should get; None: what suits the device."""
     on_overflow: Callable[[], bool] | None = None
     """Called when `compute` gave NaN or infinity: True if it now computes more precisely and is worth another try."""
 
@@ -74,7 +76,7 @@ class Tiler:
 
     def __init__(self, model: Model, tile: int | Literal["auto"]) -> None:
         self._model, self._tile = model, tile
-        self.budget = tile_pixels(model.device)  # input pixels for one call, halos included
+        self.budget = model.pixels or tile_pixels(model.device)
 
     def cores(self, height: int, width: int, batch: int) -> tuple[int, int]:
         """The (height, width) of tile cores for a picture of this size."""

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import nn
 
-from .device import pick_device, pick_dtype
+from .device import pick_device, pick_dtype, tile_pixels
 from .networks import Network
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,14 @@ class Runner:
         self.dtype = torch.float32
         self._module = self._made(torch.float32)
         return True
+
+    def tile_pixels(self) -> int:
+        """How many input pixels a tile should have, halos included, for what this network holds in memory."""
+        network = self._network
+        # Three layers of features at once: SRVGG's are as large as the picture, all others' in the end as the result.
+        area = 1 if network.architecture == "SRVGGNetCompact" else network.scale**2
+        features = 3 * area * network.hyperparameters.get("num_feat", 64) * (torch.finfo(self.dtype).bits // 8)
+        return tile_pixels(self.device, features + 12 * network.out_channels * network.scale**2)
 
     def _made(self, dtype: torch.dtype) -> nn.Module:
         module = copy.deepcopy(self._network.module).requires_grad_(False).eval()

@@ -64,6 +64,7 @@ class Upscaler:
             halo=halo_of(network),
             multiple=network.multiple,
             device=self._runner.device,
+            pixels=self._runner.tile_pixels(),
             on_overflow=self._runner.widen,
         )
 
