@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from diptych.data import glyphs, photos
 from diptych.errors import CheckpointError, ImageError, ModelNotFound
+from diptych.upscalers.pairs import DataConfig, Pairs
 from diptych.upscalers.train import train
 from diptych.upscalers.upscaler import Upscaler
 
@@ -223,14 +224,6 @@ def test_a_state_of_another_configuration_is_refused(tmp_path: Path, pictures: P
         train(config, resume=True)
 
 
-def test_a_vae_that_is_none_is_refused(tmp_path: Path, pictures: Path) -> None:
-    config = configuration(tmp_path / "run", pictures, 1)
-    text = Path(config).read_text().replace("[data]", f"[data]\nvae = '{tmp_path}'\ndecodes = 0.5")
-    Path(config).write_text(text)
-    with pytest.raises(ValueError, match="is no folder of an AutoencoderKL|decodes"):
-        train(config)
-
-
 # The built-in data --------------------------------------------------------------------------------------------------
 
 
@@ -262,19 +255,49 @@ def test_crops_keep_the_pixels_of_the_picture(pictures: Path) -> None:
     assert len({crop.tobytes() for crop in crops}) > 1
 
 
-def test_the_built_in_data_trains_and_is_measured_on_what_is_held_out(tmp_path: Path) -> None:
+@pytest.fixture
+def subjects(tmp_path: Path) -> Path:
+    """A list of three glyphs. Skips where the photographs of scikit-image or the glyph font are missing."""
     pytest.importorskip("skimage")
     try:
         glyphs.font_file()
     except ModelNotFound as error:
         pytest.skip(str(error))
-    subjects = tmp_path / "subjects.txt"
-    subjects.write_text("red apple\nviolin\ncat\n")
-    config = configuration(tmp_path / "run", tmp_path, 1)
+    path = tmp_path / "subjects.txt"
+    path.write_text("red apple\nviolin\ncat\n")
+    return path
+
+
+def built_in(folder: Path, subjects: Path, more: str = "") -> str:
+    config = configuration(folder, folder, 1)
     text = Path(config).read_text()
-    Path(config).write_text(
-        text.replace(f"[data]\nfolder = '{tmp_path}'", f"[data]\nphotos = '{tmp_path}'\nsubjects = '{subjects}'")
-    )
-    train(config)
+    data = f"[data]\nphotos = '{folder.parent}'\nsubjects = '{subjects}'\n{more}"
+    Path(config).write_text(text.replace(f"[data]\nfolder = '{folder}'", data))
+    return config
+
+
+def test_the_built_in_data_trains_and_is_measured_on_what_is_held_out(tmp_path: Path, subjects: Path) -> None:
+    train(built_in(tmp_path / "run", subjects))
     (row,) = rows(tmp_path / "run")
     assert {"psnr_photos", "psnr_photos_lanczos", "psnr_glyphs", "psnr_glyphs_lanczos"} <= set(row)
+
+
+def test_pairs_of_decodes_are_small_through_the_vae_and_large_as_drawn(tmp_path: Path, subjects: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 4, 4),
+        norm_num_groups=4,
+    ).save_pretrained(tmp_path / "vae")
+    data = DataConfig(photos=str(tmp_path), subjects=str(subjects), glyphs=0, vae=str(tmp_path / "vae"), decodes=1)
+    pairs = Pairs(data, 64, 4, sharpen=False)
+    small, target, large = pairs.batch(np.random.default_rng(0), 3, torch.device("cpu"))
+    assert small.shape == (3, 3, 16, 16) and large.shape == (3, 3, 64, 64) and torch.equal(target, large)
+
+
+def test_a_vae_that_is_none_is_refused(tmp_path: Path, subjects: Path) -> None:
+    with pytest.raises(ValueError, match="is no folder of an AutoencoderKL"):
+        train(built_in(tmp_path / "run", subjects, f"vae = '{tmp_path}'\ndecodes = 0.5"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diptych import metrics
-from diptych.data import folders, glyphs, photos
-from diptych.data.sources import GlyphSource
 from diptych.training import Run, RunConfig, ema_of, read_config
-from diptych.upscalers.degradations import degrade
 from diptych.upscalers.discriminator import UNetDiscriminatorSN
 from diptych.upscalers.losses import (
     VGGPerceptual,
@@ -29,39 +26,10 @@ from diptych.upscalers.losses import (
     gan_discriminator,
     gan_generator,
     laplacian,
-    unsharp_mask,
 )
 from diptych.upscalers.networks import RRDBNet, SRVGGNetCompact, load_network
+from diptych.upscalers.pairs import DataConfig, Pairs
 from diptych.upscalers.upscaler import Upscaler
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """The TOML table `[data]`: either `folder`, or `photos` and `subjects`, the built-in data.
-
-    folder: pictures, cropped at their own resolution; the last twentieth of them is held out.
-    photos: where the Debian packages of `diptych.data.photos` are installed ("/") or unpacked.
-    subjects: a list of glyph names (`glyphs.read_subjects`); glyphs: their share of a batch.
-    vae: folder of an AutoencoderKL; decodes: share of glyph pictures that come small out of that VAE, not degraded.
-    """
-
-    folder: str | None = None
-    photos: str | None = None
-    subjects: str | None = None
-    glyphs: float = 0.5
-    vae: str | None = None
-    decodes: float = 0.0
-
-    def __post_init__(self) -> None:
-        if (self.folder is None) == (self.photos is None or self.subjects is None):
-            raise ValueError("data needs either `folder`, or `photos` and `subjects`.")
-        if min(self.glyphs, self.decodes) < 0 or self.glyphs + self.decodes > 1:
-            raise ValueError("the shares `glyphs` and `decodes` must be positive and not exceed 1 together.")
-        if (self.vae is None) != (self.decodes == 0):
-            raise ValueError("`vae` and `decodes` belong together.")
 
 
 @dataclass(frozen=True)
@@ -141,7 +109,7 @@ def train(config_file: str, resume: bool = False) -> Path:
     Raises ValueError, CheckpointError, ImageError or ModelNotFound before any work where something does not fit.
     """
     config = read_config(config_file, Config)
-    pairs = Pairs(config)
+    pairs = Pairs(config.data, config.patch, config.model.scale, config.loss.sharpen)
     run = Run(config, resume)
     run.keep_config(config_file)
     torch.manual_seed(config.run.seed)
@@ -157,7 +125,8 @@ def train(config_file: str, resume: bool = False) -> Path:
     adam_d = torch.optim.Adam(critic.parameters(), config.gan_learning_rate, betas=(0.9, 0.99))
     run.attach(network=network, critic=critic, average=average, adam=adam, adam_d=adam_d)
     model, model_d, optimizer, optimizer_d = run.accelerator.prepare(network, critic, adam, adam_d)
-    validation = pairs.validation(run.device)
+    unseen = np.random.default_rng([config.run.seed, 2**31])  # the same in every process and every resumed run
+    validation = pairs.validation(unseen, config.validation_pictures, run.device)
 
     for step in run.steps():
         stage_2 = step >= config.loss.gan_from
@@ -169,7 +138,7 @@ def train(config_file: str, resume: bool = False) -> Path:
         for group in (*adam.param_groups, *adam_d.param_groups):
             group["lr"] = rate * min(1, (begun + 1) / config.warmup)
 
-        lq, target, hr = pairs.batch(run.rng(step), run.device)
+        lq, target, hr = pairs.batch(run.rng(step), config.batch, run.device)
         with run.accelerator.autocast():
             sr = model(lq)
         sr = sr.float()
@@ -213,121 +182,6 @@ def train(config_file: str, resume: bool = False) -> Path:
         finished = load_network(average.module.state_dict())
         Upscaler(finished, device="cpu", dtype="fp32").save_pretrained(run.folder / "upscaler")
     return run.folder / "upscaler"
-
-
-class Pairs:
-    """Where the trainer's pictures come from: large ones, small ones made of them, and what the losses aim at."""
-
-    def __init__(self, config: Config) -> None:
-        """Raises ImageError, ModelNotFound, CheckpointError or ValueError where there is nothing to read."""
-        data = config.data
-        self.config = config
-        self.glyphs: GlyphSource | None = None
-        self.vae: AutoencoderKL | None = None
-        if data.folder is not None:
-            paths = [picture.path for picture in folders.find_pictures(data.folder)]
-            large = photos.large_enough(paths, config.patch)
-            kept = max(1, len(large) - max(1, len(large) // 20))
-            self.pictures = photos.CropSource(large[:kept])
-            self.held_out = photos.CropSource(large[kept:] or large)
-        else:
-            assert data.photos is not None and data.subjects is not None
-            found = photos.find_photos(data.photos)
-            self.pictures, self.held_out = (
-                photos.CropSource(
-                    photos.large_enough(
-                        [path for photo, path in found.items() if photo.held_out is held], config.patch
-                    ),
-                    longest=1440,
-                )
-                for held in (False, True)
-            )
-            self.glyphs = GlyphSource(glyphs.read_subjects(data.subjects))
-        if data.vae is not None:
-            self.vae = _load_vae(data.vae)
-
-    def batch(self, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Small pictures, targets and true pictures of one step, all drawn from `rng`; (N, 3, h, w), 0..1."""
-        share = self.config.data if self.glyphs is not None else DataConfig(folder="", glyphs=0)
-        of_glyphs, of_decodes = (round(self.config.batch * part) for part in (share.glyphs, share.decodes))
-        plain = self.pictures.batch(rng, self.config.batch - of_glyphs - of_decodes, self.config.patch)
-        if of_glyphs:
-            assert self.glyphs is not None
-            plain = np.concatenate([plain, self._glyph_crops(self.glyphs, rng, of_glyphs)])
-        hr = _tensor(plain, device)
-        target = unsharp_mask(hr) if self.config.loss.sharpen else hr
-        lq = self._degrade(target, rng)
-        if of_decodes:
-            assert self.glyphs is not None
-            small, large = self._decodes(self.glyphs, rng, of_decodes, device)
-            sharp = unsharp_mask(large) if self.config.loss.sharpen else large
-            lq, target, hr = torch.cat([lq, small]), torch.cat([target, sharp]), torch.cat([hr, large])
-        return lq, target, hr
-
-    def validation(self, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-        """Held-out pictures by kind: small and true ones, the same in every run of this configuration."""
-        rng = np.random.default_rng([self.config.run.seed, 2**31])
-        number, patch = self.config.validation_pictures, self.config.patch
-        found = {}
-        hr = _tensor(self.held_out.batch(rng, number, patch), device)
-        found["photos" if self.glyphs is not None else "folder"] = (self._degrade(hr, rng), hr)
-        if self.glyphs is not None:
-            hr = _tensor(self._glyph_crops(self.glyphs.held_out(), rng, number), device)
-            found["glyphs"] = (self._degrade(hr, rng), hr)
-            if self.vae is not None:
-                found["decodes"] = self._decodes(self.glyphs.held_out(), rng, number, device)
-        return found
-
-    def _degrade(self, pictures: Tensor, rng: np.random.Generator) -> Tensor:
-        generator = torch.Generator(pictures.device).manual_seed(int(rng.integers(2**63)))
-        return degrade(pictures, generator, self.config.model.scale)
-
-    def _glyph_crops(self, source: GlyphSource, rng: np.random.Generator, number: int) -> np.ndarray:
-        """Crops of compositions drawn at one to two times the size of a patch: whole glyphs and details of them."""
-        patch = self.config.patch
-        whole, _ = source.batch(rng, number, int(rng.integers(patch, 2 * patch + 1)))
-        corners = rng.integers(whole.shape[1] - patch + 1, size=(number, 2))
-        return np.stack([w[y : y + patch, x : x + patch] for w, (y, x) in zip(whole, corners, strict=True)])
-
-    @torch.no_grad()
-    def _decodes(
-        self, source: GlyphSource, rng: np.random.Generator, number: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Compositions that went small through the VAE, and the same drawn large; the same crop of both."""
-        assert self.vae is not None
-        scale, patch = self.config.model.scale, self.config.patch
-        whole, _ = source.batch(rng, number, 2 * patch)
-        small_side = 2 * patch // scale
-        reduced = [np.asarray(Image.fromarray(w).resize((small_side,) * 2, Image.Resampling.LANCZOS)) for w in whole]
-        vae = self.vae.to(device)  # type: ignore[arg-type]
-        latents = vae.encode(_tensor(np.stack(reduced), device) * 2 - 1).latent_dist.mode()
-        decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
-        large = _tensor(whole, device)
-        corners = rng.integers((small_side - patch // scale) + 1, size=(number, 2)).tolist()
-        cut, size = patch // scale, patch
-        return (
-            torch.stack([d[:, y : y + cut, x : x + cut] for d, (y, x) in zip(decoded, corners, strict=True)]),
-            torch.stack(
-                [
-                    w[:, y * scale : y * scale + size, x * scale : x * scale + size]
-                    for w, (y, x) in zip(large, corners, strict=True)
-                ]
-            ),
-        )
-
-
-def _tensor(pictures: np.ndarray, device: torch.device) -> Tensor:
-    """uint8 (N, H, W, 3) to float (N, 3, H, W) in 0..1."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).to(device).permute(0, 3, 1, 2).float().div(255).contiguous()
-
-
-def _load_vae(folder: str) -> AutoencoderKL:
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"vae = {folder!r} is no folder of an AutoencoderKL: {error}") from None
 
 
 def _start_from(network: nn.Module, name: str) -> None:
