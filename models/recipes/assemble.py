@@ -1,0 +1,29 @@
+"""Puts the finished parts of the embedded model into one folder, UNet and upscaler in half precision.
+
+python models/recipes/assemble.py DIFFUSION_MODEL VAE UPSCALER OUTPUT
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from diptych.pipelines import DiptychPipeline
+from diptych.pipelines.upscaler import DiptychUpscaler
+
+
+def main(diffusion: str, vae: str, upscaler: str, output: str) -> None:
+    pipeline = DiptychPipeline.from_pretrained(
+        diffusion, vae=AutoencoderKL.from_pretrained(vae), upscaler=DiptychUpscaler.from_pretrained(upscaler)
+    )
+    for half in (pipeline.unet, pipeline.upscaler):
+        half.to(torch.float16)
+    pipeline.save_pretrained(output)
+    for name in ("words.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
+        shutil.copyfile(Path(diffusion) / name, Path(output) / name)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
