@@ -49,7 +49,9 @@ class Config:
     """A whole configuration file.
 
     vae: folder of the finished `AutoencoderKL`; batch: pictures a step and process; caption_dropout: share of pictures
-    trained without caption; cached_pictures: how many captioned pictures are encoded before the first step.
+    trained without caption; cached_pictures: how many captioned pictures are encoded before the first step; noise_bias:
+    above 1 trains more on high noise, where only the caption says what to draw; start_from: a pipeline folder whose
+    tokenizer, text encoder and UNet are trained on.
     """
 
     run: RunConfig
@@ -60,9 +62,15 @@ class Config:
     learning_rate: float = 3e-4
     warmup: int = 300
     ema: float = 0.999
+    noise_bias: float = 1.0
     caption_dropout: float = 0.1
     cached_pictures: int = 20_000
     sample_guidance: float = 3.0
+    start_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.noise_bias < 1:
+            raise ValueError(f"noise_bias must be at least 1, not {self.noise_bias}.")
 
 
 class Denoiser(torch.nn.Module):
@@ -85,6 +93,8 @@ def train(config_file: str, resume: bool = False) -> Path:
     """
     config = read_config(config_file, Config)
     source = config.data.open()
+    if config.start_from is not None and not (Path(config.start_from) / "unet").is_dir():
+        raise CheckpointError(f"start_from = {config.start_from!r} is no pipeline folder.")
     vae = _load_vae(config.vae)
     run = Run(config, resume)
     run.keep_config(config_file)
@@ -109,6 +119,7 @@ def train(config_file: str, resume: bool = False) -> Path:
         noise = torch.randn(clean.shape, generator=generator)
         # One timestep from each of `batch` equal parts of the schedule: the loss varies less than with free draws.
         spread = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
+        spread = 1 - spread**config.noise_bias
         timesteps = (spread * scheduler.config.num_train_timesteps).long()
         clean, noise, timesteps, captions = (x.to(run.device) for x in (clean, noise, timesteps, captions))
         noisy = scheduler.add_noise(clean, noise, timesteps)
@@ -149,6 +160,12 @@ def _build(config: Config, vae: Any, vocabulary: int) -> Denoiser:
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
+    if config.start_from is not None:
+        folder = Path(config.start_from)
+        return Denoiser(
+            CLIPTextModel.from_pretrained(folder / "text_encoder", local_files_only=True),
+            UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True),
+        )
     model = config.model
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
@@ -200,6 +217,8 @@ def _tokenizer(run: Run, source: Source, config: Config) -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
 
+    if config.start_from is not None:
+        return CLIPTokenizer.from_pretrained(Path(config.start_from) / "tokenizer")
     folder = run.folder / "tokenizer"
     if run.is_main and not (folder / "vocab.json").exists():
         captions = source.captions(np.random.default_rng([config.run.seed, 2**31]), 20_000) or ["a picture"]

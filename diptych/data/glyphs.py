@@ -216,8 +216,16 @@ def _caption(
 # ------------------------------------------------------------------------------------------------ compositions
 
 
-def compose(rng: np.random.Generator, vocabulary: Vocabulary, counts: Sequence[float] = (0.7, 0.2, 0.1)) -> Composition:
-    """One composition of either split, drawn from `rng`; counts: probabilities of one, two and three glyphs."""
+def compose(
+    rng: np.random.Generator,
+    vocabulary: Vocabulary,
+    counts: Sequence[float] = (0.7, 0.2, 0.1),
+    sizes: tuple[float, float] = (0.55, 0.95),
+) -> Composition:
+    """One composition of either split, drawn from `rng`.
+
+    counts: probabilities of one, two and three glyphs; sizes: the smallest and largest single glyph, of the side.
+    """
     subjects = list(vocabulary)
     number = 1 + int(rng.choice(3, p=np.asarray(counts) / np.sum(counts)))
     same = number > 1 and rng.random() < 0.2
@@ -228,14 +236,14 @@ def compose(rng: np.random.Generator, vocabulary: Vocabulary, counts: Sequence[f
     names = [str(c) for c in rng.choice(list(COLOURS), 1 if kind == "plain" else 2, replace=False)]
     background = Background(kind, tuple(names))
     caption = _caption(rng, vocabulary, chosen, same, background)
-    return Composition(_place(rng, chosen), background, caption)
+    return Composition(_place(rng, chosen, sizes), background, caption)
 
 
-def _place(rng: np.random.Generator, subjects: Sequence[str]) -> tuple[Placement, ...]:
+def _place(rng: np.random.Generator, subjects: Sequence[str], sizes: tuple[float, float]) -> tuple[Placement, ...]:
     """One glyph anywhere; several side by side or one above the other in cells of their own, anywhere in the cell."""
     number = len(subjects)
     if number == 1:
-        size = float(rng.uniform(0.55, 0.95))
+        size = float(rng.uniform(*sizes))
         left, top = rng.uniform(0, 1 - size, 2)
         return (Placement(subjects[0], float(left), float(top), size),)
     across = rng.random() < 0.75

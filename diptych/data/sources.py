@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -29,12 +29,14 @@ class Source(Protocol):
 class DataConfig:
     """The TOML table `[data]`: either `folder`, or `subjects`, a list of glyph names (see `glyphs.read_subjects`).
 
-    counts: probabilities of one, two and three glyphs in a picture.
+    counts: probabilities of one, two and three glyphs in a picture; sizes: the smallest and largest single glyph, as
+    fractions of the side.
     """
 
     folder: str | None = None
     subjects: str | None = None
     counts: tuple[float, ...] = (0.7, 0.2, 0.1)
+    sizes: tuple[float, float] = (0.55, 0.95)
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.subjects is None):
@@ -44,10 +46,12 @@ class DataConfig:
 
     def open(self) -> Source:
         """Raises ImageError, ModelNotFound or ValueError where there is nothing to read."""
+        if not 0 < self.sizes[0] <= self.sizes[1] <= 1:
+            raise ValueError(f"sizes must be two fractions of the side, the smaller first, not {self.sizes}.")
         if self.folder is not None:
             return FolderSource(tuple(folders.find_pictures(self.folder)))
         assert self.subjects is not None
-        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts)
+        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts, sizes=self.sizes)
 
 
 @dataclass(frozen=True)
@@ -76,18 +80,19 @@ class GlyphSource:
     subjects: tuple[str, ...]
     counts: tuple[float, ...] = (0.7, 0.2, 0.1)
     test_split: bool = False
+    sizes: tuple[float, float] = (0.55, 0.95)
 
     @cached_property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
         return glyphs.vocabulary(self.subjects)
 
     def held_out(self) -> GlyphSource:
-        return GlyphSource(self.subjects, self.counts, True)
+        return replace(self, test_split=True)
 
     def compositions(self, rng: np.random.Generator, number: int) -> list[glyphs.Composition]:
         found: list[glyphs.Composition] = []
         while len(found) < number:
-            composition = glyphs.compose(rng, self.vocabulary, self.counts)
+            composition = glyphs.compose(rng, self.vocabulary, self.counts, self.sizes)
             if composition.held_out == self.test_split:
                 found.append(composition)
         return found
