@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from diptych.errors import ImageError
 
 from .pictures import Metadata, checked_float, decoding, metadata_of, orientation_of, pil_to_array, upright
-from .sources import ArraySource, Source, StripSource, array_to_tensor
+from .sources import ArraySource, Source, StripSource, array_to_tensor, tensor_to_array
 
 MAX_PIXELS = 1 << 29
 """A picture with more pixels than this (536 million, 24000 x 22369) is taken for a decompression bomb and refused."""
@@ -115,7 +115,8 @@ def _read(path: Path, file: BinaryIO, any_order: bool) -> PictureFile:
         image = _open(file)
     except UnidentifiedImageError as error:
         if magic in _TIFF_MAGIC:
-            return _tiff_by_rows(path, file, None)
+            picture = _tiff_by_rows(path, file, None)
+            return _all_of(picture) if any_order else picture
         raise ImageError("it is not a picture, or of a format that Pillow does not know") from error
     _check_size(image.width, image.height)
     with decoding():
@@ -123,15 +124,25 @@ def _read(path: Path, file: BinaryIO, any_order: bool) -> PictureFile:
     if frames > 1:
         kind, metadata = np.dtype(np.uint8), metadata_of(image)
         return PictureFile(path, file, image.height, image.width, 4, kind, metadata, frames=frames, image=image)
-    large = image.width * image.height * len(image.getbands()) > _WHOLE and not any_order
-    if large and orientation_of(image) == 1:
-        if image.format == "PNG" and not image.info.get("interlace"):
-            return _png_by_rows(path, file, metadata_of(image))
-        if image.format == "TIFF":
-            return _tiff_by_rows(path, file, metadata_of(image))
+    large = image.width * image.height * len(image.getbands()) > _WHOLE and not any_order and orientation_of(image) == 1
+    if image.format == "PNG" and image.tile and image.tile[0][3] == "LA;16B":  # of which Pillow keeps but 8 bits
+        picture = _png_by_rows(path, file, metadata_of(image))
+        return picture if large else _all_of(picture, orientation_of(image))
+    if large and image.format == "PNG" and not image.info.get("interlace"):
+        return _png_by_rows(path, file, metadata_of(image))
+    if large and image.format == "TIFF":
+        return _tiff_by_rows(path, file, metadata_of(image))
     with decoding():
         array = _decoded(image, file)
     return PictureFile(path, file, *array.shape, array.dtype, metadata_of(image), ArraySource(array[None]))
+
+
+def _all_of(picture: PictureFile, orientation: int = 1) -> PictureFile:
+    """A picture that comes by rows, as one in memory."""
+    assert picture.source is not None
+    rows = picture.source.rows(0, picture.height)
+    array = upright(tensor_to_array(rows, picture.dtype)[0], orientation)
+    return replace(picture, height=array.shape[0], width=array.shape[1], source=ArraySource(array[None]))
 
 
 @contextmanager
@@ -139,6 +150,8 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ImageError(f"{path}: {error}") from error
 
 
@@ -176,6 +189,7 @@ def _decoded(image: Image.Image, file: BinaryIO) -> np.ndarray:
     high = np.array(image)
     again = _open(file)
     again.tile = swapped
+    again.load()
     return upright(high.astype(np.uint16) << 8 | np.asarray(again), orientation_of(image))
 
 
@@ -184,13 +198,15 @@ def _in_other_byte_order(image: Image.Image) -> list[Any] | None:
     if image.mode not in ("RGB", "RGBA"):
         return None
     tiles = []
-    for codec, extents, offset, args in image.tile:
+    for tile in image.tile:
+        args = tile[3]
         rawmode = args[0] if isinstance(args, tuple) else args
         if rawmode not in {f"{image.mode};16{order}" for order in "BLN"}:
             return None
         little = rawmode[-1] == "L" or rawmode[-1] == "N" and sys.byteorder == "little"
         other = rawmode[:-1] + ("B" if little else "L")
-        tiles.append((codec, extents, offset, (other, *args[1:]) if isinstance(args, tuple) else other))
+        args = (other, *args[1:]) if isinstance(args, tuple) else other
+        tiles.append(tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args))
     return tiles or None
 
 

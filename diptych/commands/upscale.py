@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Enlarges everything; 1 if something failed and the others were done."""
     tile = args.tile if args.tile == "auto" else _positive(args.tile)
+    warnings.filterwarnings(
+        "ignore", module="PIL"
+    )  # what it murmurs over damaged files becomes an error or is harmless
     upscaler, screen = _load(args)
     scale = upscaler.scale if args.scale is None else args.scale
     options = {"scale": scale, "tile": tile, "border": args.border}
