@@ -30,8 +30,8 @@ def browser(tmp_path_factory):
             tmp_path_factory.mktemp("chromium"), executable_path=CHROMIUM, headless=True, args=FLAGS,
             viewport={"width": 1280, "height": 900},
         )  # fmt: skip
-        context.set_default_timeout(15_000)
-        expect.set_options(timeout=15_000)
+        context.set_default_timeout(45_000)
+        expect.set_options(timeout=45_000)
         yield context
         context.close()
 

@@ -170,12 +170,12 @@ class CreateTab:
             concurrency_limit=None,
             trigger_mode="once",
         )
-        self.stop.click(self._stop, self.job_id, queue=False)
-        self.dice.click(lambda: -1, None, self.seed, queue=False)
-        self.reuse_seed.click(self._last_seed, [self.made, self.chosen], self.seed, queue=False)
-        self.results.select(self._choose, self.made, [self.infotext, self.chosen], show_progress="hidden", queue=False)
-        self.examples.click(lambda sample: sample[0], self.examples, self.prompt, queue=False)
-        self.words.input(self._add_word, [self.prompt, self.words], [self.prompt, self.words], queue=False)
+        self.stop.click(self._stop, self.job_id, show_progress="hidden")
+        self.dice.click(lambda: -1, None, self.seed, show_progress="hidden")
+        self.reuse_seed.click(self._last_seed, [self.made, self.chosen], self.seed, show_progress="hidden")
+        self.results.select(self._choose, self.made, [self.infotext, self.chosen], show_progress="hidden")
+        self.examples.click(lambda sample: sample[0], self.examples, self.prompt, show_progress="hidden")
+        self.words.input(self._add_word, [self.prompt, self.words], [self.prompt, self.words], show_progress="hidden")
         gr.on(
             [self.prompt.change, self.negative_prompt.change],
             self._unknown_words,

@@ -80,8 +80,8 @@ class LibraryTab:
         self.newer.click(self._page(-PAGE), [self.search, self.offset], self.listing, **quiet)
         self.older.click(self._page(PAGE), [self.search, self.offset], self.listing, **quiet)
         self.pictures.select(self._choose, self.ids, chosen, **quiet)
-        self.delete.click(lambda: _asking(True), None, asking, queue=False)
-        self.keep.click(lambda: _asking(False), None, asking, queue=False)
+        self.delete.click(lambda: _asking(True), None, asking, show_progress="hidden")
+        self.keep.click(lambda: _asking(False), None, asking, show_progress="hidden")
         self.confirm.click(self._delete, self.chosen, chosen, **quiet).then(
             self.list, [self.search, self.offset], self.listing, **quiet
         )

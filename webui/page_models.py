@@ -52,7 +52,7 @@ class ModelsTab:
             self._download, self.official, [self.download_status, self.job_id], **quiet
         )
         self.downloaded.then(self.show, None, self.shown, **quiet)
-        self.stop.click(self._stop, self.job_id, queue=False)
+        self.stop.click(self._stop, self.job_id, show_progress="hidden")
 
     def _stop(self, job_id: str, request: gr.Request) -> None:
         stop_job(self.backend.downloads, job_id, request)

@@ -87,8 +87,8 @@ class UpscaleTab:
         self.job_id = gr.State("")
         shown = [self.status, self.slider, self.results, self.files, self.pairs, self.job_id]
         self.run.click(self._upscale, settings, shown, show_progress="hidden", concurrency_limit=None)
-        self.stop.click(self._stop, self.job_id, queue=False)
-        self.results.select(self._compare, self.pairs, self.slider, show_progress="hidden", queue=False)
+        self.stop.click(self._stop, self.job_id, show_progress="hidden")
+        self.results.select(self._compare, self.pairs, self.slider, show_progress="hidden")
 
     async def _upscale(
         self,
