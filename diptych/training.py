@@ -195,6 +195,11 @@ class Run:
         half_on_cpu = self.device.type == "cpu" and self.config.mixed_precision != "no"
         return torch.contiguous_format if half_on_cpu else torch.channels_last
 
+    def lay_out(self, *modules: torch.nn.Module) -> None:
+        """Brings the weights of `modules` into `memory_format`."""
+        for module in modules:
+            module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+
     def set_learning_rate(self, step: int, peak: float, warmup: int, *optimizers: Any) -> None:
         """A linear rise over `warmup` steps, then half a cosine down to a hundredth at the end of the run."""
         rise = min(1.0, (step + 1) / max(1, warmup))

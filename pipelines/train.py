@@ -76,7 +76,7 @@ class Config:
 class Denoiser(torch.nn.Module):
     """Text encoder and UNet in one forward, which is what several processes can share gradients of."""
 
-    def __init__(self, text_encoder: torch.nn.Module, unet: torch.nn.Module) -> None:
+    def __init__(self, text_encoder: Any, unet: Any) -> None:
         super().__init__()
         self.text_encoder = text_encoder
         self.unet = unet
@@ -100,7 +100,8 @@ def train(config_file: str, resume: bool = False) -> Path:
     run.keep_config(config_file)
     torch.manual_seed(config.run.seed)
     tokenizer = _tokenizer(run, source, config)
-    denoiser = _build(config, vae, len(tokenizer)).to(run.device, memory_format=run.memory_format)
+    denoiser = _build(config, vae, len(tokenizer)).to(run.device)
+    run.lay_out(denoiser)
     average = ema_of(denoiser, config.ema)
     scheduler = _scheduler()
     optimizer = torch.optim.AdamW(denoiser.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -119,8 +120,8 @@ def train(config_file: str, resume: bool = False) -> Path:
         noise = torch.randn(clean.shape, generator=generator)
         # One timestep from each of `batch` equal parts of the schedule: the loss varies less than with free draws.
         spread = (torch.arange(config.batch) + torch.rand(config.batch, generator=generator)) / config.batch
-        spread = 1 - spread**config.noise_bias
-        timesteps = (spread * scheduler.config.num_train_timesteps).long()
+        last = scheduler.config.num_train_timesteps - 1
+        timesteps = ((1 - spread**config.noise_bias) * (last + 1)).long().clamp_max(last)
         clean, noise, timesteps, captions = (x.to(run.device) for x in (clean, noise, timesteps, captions))
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)  # v = sqrt(a) noise - sqrt(1 - a) clean

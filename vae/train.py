@@ -88,8 +88,7 @@ def train(config_file: str, resume: bool = False) -> Path:
     critic = PatchDiscriminator(config.loss.discriminator_width, config.loss.discriminator_layers).to(run.device)
     latent_side = config.model.side // 2 ** (len(config.model.channels) - 1)
     latents_shape = (config.batch, config.model.latent_channels, latent_side, latent_side)
-    for module in (vae, critic):
-        module.to(memory_format=run.memory_format)
+    run.lay_out(vae, critic)
     average = ema_of(vae, config.ema)
     perceptual = perceptual_term(config.loss.perceptual, run.device)
     trained = [p for p in vae.parameters() if p.requires_grad]
@@ -138,7 +137,7 @@ def train(config_file: str, resume: bool = False) -> Path:
             run.log(**_validate(average.module, validation, run, step))
         run.log(nll=nll, kl=kl.mean(), l1=(pictures - rebuilt).abs().mean())
 
-    finished = average.module
+    finished: Any = average.module
     if config.model.train_encoder:
         finished.register_to_config(scaling_factor=float(1 / _encode_all(finished, validation).std()))
     if run.is_main:
@@ -186,7 +185,7 @@ def _build(model: ModelConfig) -> Any:
 class Autoencode(torch.nn.Module):
     """Encode, sample, decode in one forward, which is what several processes can share gradients of."""
 
-    def __init__(self, vae: torch.nn.Module) -> None:
+    def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
@@ -203,13 +202,13 @@ def _validation(source: Source, config: Config) -> Tensor:
 
 
 @torch.no_grad()
-def _encode_all(vae: torch.nn.Module, pictures: Tensor) -> Tensor:
+def _encode_all(vae: Any, pictures: Tensor) -> Tensor:
     device = next(vae.parameters()).device
     return torch.cat([vae.encode(part.to(device)).latent_dist.mean for part in pictures.split(32)])
 
 
 @torch.no_grad()
-def _validate(vae: torch.nn.Module, pictures: Tensor, run: Run, step: int) -> dict[str, float]:
+def _validate(vae: Any, pictures: Tensor, run: Run, step: int) -> dict[str, float]:
     latents = _encode_all(vae, pictures)
     rebuilt = torch.cat([vae.decode(part).sample for part in latents.split(32)]).cpu().add(1).div(2).clamp(0, 1)
     true = pictures.add(1).div(2)

@@ -273,7 +273,7 @@ def render(composition: Composition, side: int) -> np.ndarray:
 
 def paint(background: Background, side: int) -> np.ndarray:
     """The background alone, uint8 (side, side, 3)."""
-    first, second = (np.float32(COLOURS[c]) for c in (background.colours * 2)[:2])
+    first, second = (np.array(COLOURS[c], np.float32) for c in (background.colours * 2)[:2])
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / side
     if background.kind == "plain":
         mix = np.zeros_like(x)
