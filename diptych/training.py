@@ -9,8 +9,8 @@ A run is a folder:
     ...                   the finished model, written by the trainer
 
 Exact resume rests on one rule: all randomness of step k is drawn from `run.rng(k)` and `run.generator(k)`, never from
-global state, so weights, optimizer moments and the step number are the whole state. What a trainer does with them is its
-own business: the loops stay in the trainers.
+global state, so weights, optimizer moments and the step number are the whole state. What a trainer does with them is
+its own business: the loops stay in the trainers.
 """
 
 from __future__ import annotations
