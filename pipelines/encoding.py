@@ -118,9 +118,9 @@ class _Encoder:
 
 
 def _encoders(pipeline: Any) -> list[_Encoder]:
-    pairs = ((pipeline.tokenizer, pipeline.text_encoder),)
+    pairs = [(pipeline.tokenizer, pipeline.text_encoder)]
     if hasattr(pipeline, "text_encoder_2"):
-        pairs += ((pipeline.tokenizer_2, pipeline.text_encoder_2),)
+        pairs.append((pipeline.tokenizer_2, pipeline.text_encoder_2))
     return [_Encoder(pipeline, tokenizer, model) for tokenizer, model in pairs if model is not None]
 
 
@@ -166,10 +166,13 @@ def _run(encoder: _Encoder, chunk: _Chunk, clip_skip: int, is_xl: bool) -> tuple
         hidden = output[0]
     hidden = hidden.to(model.dtype)
     if any(weight != 1 for weight in weights):
-        # Weighted as in Automatic1111: the mean of the embedding stays what it was.
+        # Weighted as in Automatic1111: the mean of the embedding stays what it was. Where it is nearly zero, as in
+        # small encoders, that would multiply by anything: more than the weights themselves could ask for is not done.
         mean = hidden.mean()
         hidden = hidden * torch.tensor(weights, dtype=hidden.dtype, device=hidden.device)[None, :, None]
-        hidden = hidden * (mean / hidden.mean())
+        ratio = (mean / hidden.mean()).item()
+        if min(weights) > 0 and 1 / max(weights) <= ratio <= 1 / min(weights):
+            hidden = hidden * ratio
     return hidden, output[0] if is_xl else None
 
 

@@ -212,8 +212,8 @@ def checked_decode(vae: Any, notes: list[str]) -> Iterator[None]:
     def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if not torch.isfinite(latents).all():
             raise DiptychError(
-                "the denoising gave NaN instead of a picture: compute in fp32 or bf16 instead of fp16;"
-                " if it is fp32 already, the weights of the model are damaged"
+                "the denoising gave NaN instead of a picture: take another scheduler or more steps, or compute in fp32"
+                " or bf16 where it was fp16; if nothing helps, the weights of the model are damaged"
             )
         output = plain(latents, *args, **kwargs)
         pictures = output[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from diptych.errors import CheckpointError, DiptychError, ModelNotFound
 from diptych.pipelines.diptych import (
@@ -130,7 +131,8 @@ def _from_hub(name: str, torch_dtype: torch.dtype) -> Any:
 def _from_pretrained(cls: Any, where: str | Path, torch_dtype: torch.dtype, **kwargs: Any) -> Any:
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
     try:
         return cls.from_pretrained(where, dtype=torch_dtype, **kwargs)
     except DiptychError:
@@ -140,7 +142,8 @@ def _from_pretrained(cls: Any, where: str | Path, torch_dtype: torch.dtype, **kw
         raise CheckpointError(f"the model {where} cannot be loaded: {said}") from error
     finally:
         diffusers_logging.set_verbosity(verbosity)
-        diffusers_logging.enable_progress_bar()
+        for library in (diffusers_logging, transformers_logging):
+            library.enable_progress_bar()
 
 
 def _check_weights(pipeline: Any, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import inspect
 from collections.abc import Mapping
@@ -42,7 +43,6 @@ SAMPLERS = (
 SCHEDULE_TYPES: dict[str, dict[str, Any]] = {
     "Karras": {"use_karras_sigmas": True},
     "Exponential": {"use_exponential_sigmas": True},
-    "Beta": {"use_beta_sigmas": True},
     "SGM Uniform": {"timestep_spacing": "trailing"},
     "Automatic": {},
     "Uniform": {},
@@ -72,13 +72,34 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> tuple[Any, list[str]
         )
     if config.get("prediction_type", "epsilon") != "epsilon" and "prediction_type" not in known:
         raise ValueError(f"{sampler.name} cannot run this model, which predicts {config['prediction_type']}")
-    return cls.from_config(carried, **settings), notes
+    try:
+        return _counted_from_the_start(cls.from_config(carried, **settings)), notes
+    except ImportError as error:
+        raise ValueError(f"{sampler.name} needs scipy, which is not installed: pip install scipy") from error
+
+
+def _counted_from_the_start(scheduler: Any) -> Any:
+    """The scheduler, made to take its steps by number instead of looking them up by timestep.
+
+    With zero terminal SNR, Karras' sigmas give the same timestep several times, and the search finds the wrong one
+    (an IndexError in diffusers 0.42). Pipelines that begin later set their own beginning afterwards.
+    """
+    if hasattr(scheduler, "set_begin_index"):
+        set_timesteps = scheduler.set_timesteps
+
+        @functools.wraps(set_timesteps)
+        def set_timesteps_and_begin(*args: Any, **kwargs: Any) -> None:
+            set_timesteps(*args, **kwargs)
+            scheduler.set_begin_index(0)
+
+        scheduler.set_timesteps = set_timesteps_and_begin
+    return scheduler
 
 
 def sampler_name(scheduler: Any) -> tuple[str, str]:
     """Automatic1111's names of a scheduler and of its schedule type; diffusers' class name where it has none."""
     config = scheduler.config
-    kinds = [kind for kind in ("Karras", "Exponential", "Beta") if config.get(next(iter(SCHEDULE_TYPES[kind])))]
+    kinds = [kind for kind in ("Karras", "Exponential") if config.get(next(iter(SCHEDULE_TYPES[kind])))]
     same = [s for s in SAMPLERS if s.class_name == type(scheduler).__name__]
     fits = [s for s in same if all(config.get(k) == v for k, v in s.settings.items())]
     best = max(fits, key=lambda s: len(s.settings), default=None)

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diptych.errors import CheckpointError, DiptychError, ModelNotFound, UnknownArchitecture
 from diptych.pipelines import DiptychInpaintPipeline, DiptychPipeline, DiptychXLPipeline
@@ -367,3 +368,29 @@ def test_the_tokenizer_is_clips_own() -> None:
     assert len(tokenizer) == 49408 and tokenizer.model_max_length == 77
     assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
     assert clip_tokenizer("!").pad_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "cls", "parameters"),
+    [
+        (SD1, "unet", UNet2DConditionModel, 859_520_964),
+        (SD2, "unet", UNet2DConditionModel, 865_910_724),
+        (SDXL, "unet", UNet2DConditionModel, 2_567_463_684),
+        (SD1, "vae", AutoencoderKL, 83_653_863),
+        (SD2, "vae", AutoencoderKL, 83_653_863),
+        (SDXL, "vae", AutoencoderKL, 83_653_863),
+        (SD1, "text_encoder", CLIPTextModel, 123_060_480),
+        (SD2, "text_encoder", CLIPTextModel, 340_387_840),
+        (SDXL, "text_encoder", CLIPTextModel, 123_060_480),
+        (SDXL, "text_encoder_2", CLIPTextModelWithProjection, 694_659_840),
+    ],
+)
+def test_the_configurations_make_models_of_the_published_size(
+    family: Any, part: str, cls: Any, parameters: int
+) -> None:
+    folder = family.config / part
+    with torch.device("meta"):
+        is_clip = part.startswith("text")
+        config = CLIPTextConfig.from_pretrained(folder) if is_clip else cls.load_config(folder)
+        model = cls(config) if is_clip else cls.from_config(config)
+    assert sum(weight.numel() for weight in model.parameters()) == parameters
