@@ -56,7 +56,7 @@ def parse_infotext(text: str) -> Infotext:
     settings = _settings(lines[-1])
     if settings is None:
         raise ValueError(
-            "this is no `parameters` text: its last line should be a list like \"Steps: 20, Sampler: Euler a, Seed: 1\""
+            'this is no `parameters` text: its last line should be a list like "Steps: 20, Sampler: Euler a, Seed: 1"'
         )
     prompt: list[str] = []
     negative: list[str] | None = None

@@ -108,7 +108,7 @@ class Finish:
     ) -> Any:
         """As in diffusers, with three arguments more.
 
-        upscale: enlarge the decoded picture this many times with `upscaler`; None: not at all.
+        upscale: enlarge the decoded picture this many times with `upscaler`; None and 1: not at all.
         seed: one whole number, or one for each picture. Every picture draws from a generator of its own, so that its
             noise does not depend on the batch it is made in. One seed for a batch counts up: seed, seed + 1, ...
             A list of seeds with a single prompt makes as many pictures.
@@ -117,6 +117,7 @@ class Finish:
         Raises ValueError for a combination that makes no sense, DiptychError if no picture comes out of the decoder.
         """
         finished: dict[str, Any] = {}
+        upscale = None if upscale == 1 else upscale
         if upscale is not None:
             self._check_upscale(upscale, output_type, kwargs)
             finished["output_type"] = "pt"

@@ -60,7 +60,9 @@ def test_simple_settings_are_written_as_automatic1111_writes_them() -> None:
     assert format_infotext(info) == 'a cat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Model: "odd, name: 1"'
 
 
-@pytest.mark.parametrize("text", ["", "  \n ", "hello there", "a cat\nNegative prompt: dog", "a, b, c: d\nSteps are good"])
+@pytest.mark.parametrize(
+    "text", ["", "  \n ", "hello there", "a cat\nNegative prompt: dog", "a, b, c: d\nSteps are good"]
+)
 def test_a_text_without_settings_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="no `parameters` text"):
         parse_infotext(text)
