@@ -229,9 +229,12 @@ def test_every_tab_fits_the_screen(page, width, scheme):
     page.emulate_media(color_scheme=scheme)
     page.reload()
     for name in ("Create", "Upscale", "Library", "PNG info", "Models"):
-        if not page.get_by_role("tab", name=name).is_visible():
-            page.get_by_role("button", name=re.compile("more|overflow", re.I)).first.click()
-        tab(page, name)
+        shown = page.get_by_role("tab", name=name)
+        if shown.count() and shown.first.is_visible():
+            shown.first.click()
+        else:  # a narrow screen: the rest of the tabs are behind a button
+            page.locator(".overflow-menu > button").click()
+            page.locator(".overflow-dropdown button").filter(has_text=name).click()
         page.wait_for_timeout(150)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
         page.screenshot(path=SHOTS / f"{name.replace(' ', '-').lower()}-{width}-{scheme}.png", full_page=True)

@@ -39,11 +39,14 @@ class CreateTab:
         self.showcase = showcase
         limits = backend.settings.limits
         with gr.Row(equal_height=False):
-            with gr.Column(scale=2, min_width=320):
-                self._lay_out_prompt()
-                self._lay_out_settings(limits.steps, limits.pictures)
-                self._lay_out_init_image()
-            with gr.Column(scale=3, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_classes="dp-form"):
+                with gr.Column(elem_classes="dp-prompt"):
+                    self._lay_out_prompt()
+                with gr.Column(elem_classes="dp-settings"):
+                    self._lay_out_words()
+                    self._lay_out_settings(limits.steps, limits.pictures)
+                    self._lay_out_init_image()
+            with gr.Column(scale=3, min_width=320, elem_classes="dp-results"):
                 self._lay_out_results()
         self._wire()
 
@@ -55,6 +58,8 @@ class CreateTab:
         with gr.Row():
             self.run = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
             self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1)
+
+    def _lay_out_words(self) -> None:
         self.examples = gr.Dataset(
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text in self.backend.models.examples()],

@@ -83,14 +83,14 @@ class LibraryTab:
         self.delete.click(lambda: _asking(True), None, asking, show_progress="hidden")
         self.keep.click(lambda: _asking(False), None, asking, show_progress="hidden")
         self.confirm.click(self._delete, self.chosen, chosen, **quiet).then(
-            self.list, [self.search, self.offset], self.listing, **quiet
+            self.page, [self.search, self.offset], self.listing, **quiet
         )
 
     def first(self, words: str, request: gr.Request) -> tuple[Any, ...]:
         """The newest page of what the owner made and the words find."""
-        return self.list(words, 0, request)
+        return self.page(words, 0, request)
 
-    def list(self, words: str, offset: int, request: gr.Request) -> tuple[Any, ...]:
+    def page(self, words: str, offset: int, request: gr.Request) -> tuple[Any, ...]:
         """One page of it."""
         entries = self.library.search(owner_of(request), words, PAGE, offset)
         text = "" if entries else "Nothing found." if words else "Nothing here yet: what you create will be kept here."
@@ -102,7 +102,7 @@ class LibraryTab:
             target = max(0, offset + step)
             if step > 0 and not self.library.search(owner_of(request), words, 1, target):
                 return (gr.skip(),) * 4
-            return self.list(words, target, request)
+            return self.page(words, target, request)
 
         return turn
 
