@@ -3,8 +3,8 @@
     python benchmarks/service_load.py [--clients 50] [--seconds 120] [--model DIR]
 
 Starts a server of its own in another process (the embedded model unless told otherwise), lets the clients work, and
-checks: every answer belongs to its request (by seed and prompt, and by picture: the same seed and prompt give the
-same picture again), none is lost, nobody is shown another's preview, and resident memory grows less than 5 % after warm-up.
+checks: every answer belongs to its request (by seed and prompt, and the same of both give the same picture again), none
+is lost, nobody is shown another's job, and resident memory grows less than 5 % after warm-up.
 Prints a table; exit status 1 if a check failed.
 """
 

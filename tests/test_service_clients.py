@@ -29,7 +29,7 @@ def benchmark(name):
 
 def test_many_clients_at_once_each_get_their_own(web_server):
     load = benchmark("service_load")
-    tally = load.run(web_server.url, os.getpid(), clients=20, seconds=6)
+    tally = load.run(web_server.url, os.getpid(), clients=10, seconds=3)
     assert tally.wrong == []
     assert tally.done["txt2img"] and tally.done["progress"]
 

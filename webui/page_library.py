@@ -77,8 +77,8 @@ class LibraryTab:
         self.listing = [self.pictures, self.ids, self.offset, self.status]
         chosen = [self.chosen, self.picture, self.infotext, *asking]
         self.search.change(self.first, self.search, self.listing, trigger_mode="always_last", **quiet)
-        self.newer.click(self._page(-PAGE), [self.search, self.offset], self.listing, **quiet)
-        self.older.click(self._page(PAGE), [self.search, self.offset], self.listing, **quiet)
+        self.newer.click(self._turn(-PAGE), [self.search, self.offset], self.listing, **quiet)
+        self.older.click(self._turn(PAGE), [self.search, self.offset], self.listing, **quiet)
         self.pictures.select(self._choose, self.ids, chosen, **quiet)
         self.delete.click(lambda: _asking(True), None, asking, show_progress="hidden")
         self.keep.click(lambda: _asking(False), None, asking, show_progress="hidden")
@@ -97,7 +97,7 @@ class LibraryTab:
         pictures = [(self.showcase.thumbnail(entry), entry.prompt[:60]) for entry in entries if entry.path.exists()]
         return pictures, [entry.id for entry in entries if entry.path.exists()], offset, notice(text)
 
-    def _page(self, step: int) -> Any:
+    def _turn(self, step: int) -> Any:
         def turn(words: str, offset: int, request: gr.Request) -> tuple[Any, ...]:
             target = max(0, offset + step)
             if step > 0 and not self.library.search(owner_of(request), words, 1, target):

@@ -28,7 +28,7 @@ class ScriptPostprocessingUpscale(scripts_postprocessing.ScriptPostprocessing):
     def upscale(self, image, info, upscaler, mode, by, width, height, crop):
         if mode == 1:
             by = max(width / image.width, height / image.height)
-        key = (hash(np.array(image.getdata()).tobytes()), upscaler.name, mode, by, width, height, crop)
+        key = (hash(np.asarray(image).tobytes()), upscaler.name, mode, by, width, height, crop)
         cached = upscale_cache.pop(key, None)
         image = cached if cached is not None else upscaler.scaler.upscale(image, by, upscaler.data_path)
         upscale_cache[key] = image
