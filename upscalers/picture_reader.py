@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from diptych.errors import ImageError
 
-from .pictures import Metadata, checked_float, decoding, metadata_of, orientation_of, pil_to_array, upright
+from .pictures import Metadata, checked_float, decoding, library, metadata_of, orientation_of, pil_to_array, upright
 from .sources import ArraySource, Source, StripSource, array_to_tensor, tensor_to_array
 
 MAX_PIXELS = 1 << 29
@@ -211,8 +211,7 @@ def _in_other_byte_order(image: Image.Image) -> list[Any] | None:
 
 
 def _png_by_rows(path: Path, file: BinaryIO, metadata: Metadata) -> PictureFile:
-    import png
-
+    png = library("png", "pypng", "a PNG of this size or depth")
     file.seek(0)
     with decoding():
         width, height, rows, info = png.Reader(file=file).asDirect()
@@ -233,8 +232,7 @@ def _png_by_rows(path: Path, file: BinaryIO, metadata: Metadata) -> PictureFile:
 
 
 def _tiff_by_rows(path: Path, file: BinaryIO, metadata: Metadata | None) -> PictureFile:
-    import tifffile
-
+    tifffile = library("tifffile", "tifffile", "a TIFF of this size or depth")
     file.seek(0)
     with decoding():
         page = tifffile.TiffFile(file).pages.first

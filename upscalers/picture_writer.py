@@ -20,7 +20,7 @@ from PIL import Image, TiffImagePlugin, features
 
 from diptych.errors import ImageError
 
-from .pictures import EXIF_IFD, TEXT_TAGS, Metadata, array_to_pil
+from .pictures import EXIF_IFD, TEXT_TAGS, Metadata, array_to_pil, library
 
 logger = logging.getLogger(__name__)
 
@@ -169,8 +169,7 @@ def _write_tiff(
     dtype: np.dtype,
     metadata: Metadata,
 ) -> None:
-    import tifffile
-
+    tifffile = library("tifffile", "tifffile", "writing TIFF")
     height, width, channels = size
     row_bytes = width * channels * dtype.itemsize
     rows_per_strip = min(max((1 << 18) // row_bytes, 1), height)
@@ -224,8 +223,7 @@ def _append_exif(path: Path, camera: dict[int, Any]) -> None:
 
     tifffile writes no EXIF tag of its own; the one that waits has the next number, so that tags stay in order.
     """
-    import tifffile
-
+    tifffile = library("tifffile", "tifffile", "writing TIFF")
     block = TiffImagePlugin.ImageFileDirectory_v2(b"II*\0\0\0\0\0", group=EXIF_IFD)
     for tag, value in camera.items():
         block[tag] = value

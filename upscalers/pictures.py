@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,14 @@ class Metadata:
     dpi: tuple[float, float] | None = None
     text: dict[str, str] = field(default_factory=dict)
     """A PNG's text chunks, among them Automatic1111's `parameters`."""
+
+
+def library(name: str, package: str, purpose: str) -> Any:
+    """A library for files by rows, which a host need not have. Raises ImageError where it is missing."""
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImageError(f"{purpose} needs {package}: pip install {package}") from error
 
 
 def pil_to_array(image: Image.Image) -> np.ndarray:
@@ -229,7 +238,7 @@ def checked_tensor(tensor: torch.Tensor) -> torch.Tensor:
         return batch.float().div_(255)
     if not batch.is_floating_point():
         raise ImageError(f"a tensor of {batch.dtype} is no picture: use floats in 0..1 or uint8")
-    low, high = batch.aminmax()
+    low, high = batch.float().aminmax()  # torch 2.1 knows none of halves
     _check_range(float(low), float(high))
     return batch
 
