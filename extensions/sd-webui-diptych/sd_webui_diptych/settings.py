@@ -39,6 +39,7 @@ class Settings:
         return Path(self.folder) if self.folder else Path(shared.models_path) / "Diptych"
 
 
+_told: set[tuple[str, str]] = set()  # settings are read often, and saying it once is enough
 _ALLOWED = {
     "tile": lambda value: value == 0 or 16 <= value <= 16384,
     "precision": PRECISIONS.__contains__,
@@ -57,7 +58,9 @@ def _read(name: str, default: Any) -> Any:
         value = int(value)  # number fields of the page give floats
     if type(value) is type(default) and _ALLOWED.get(name, lambda _: True)(value):
         return value
-    logger.warning("Diptych: the setting %s is %r, which is not possible here: %r is used", name, value, default)
+    if (name, repr(value)) not in _told:
+        _told.add((name, repr(value)))
+        logger.warning("Diptych: the setting %s is %r, which is not possible here: %r is used", name, value, default)
     return default
 
 

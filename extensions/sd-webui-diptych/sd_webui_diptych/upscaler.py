@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from modules import shared
 from modules.upscaler import Upscaler, UpscalerData
 from PIL import Image
 
@@ -38,10 +39,13 @@ class UpscalerDiptych(Upscaler):
         except Exception:
             logger.exception("Diptych has no networks to offer, because looking for them failed")
 
-    def do_upscale(self, img: Image.Image, selected_model: str) -> Image.Image:
+    def do_upscale(self, img: Image.Image, selected_model: str | None) -> Image.Image:
         """The picture enlarged by `self.scale`; the picture itself when the user pressed Interrupt."""
         if selected_model not in self._entries:
             raise ModelNotFound(f"{selected_model} is no network of Diptych: Reload UI shows those there are")
+        if shared.state.interrupted:  # Forge-classic goes on calling
+            self._interrupted = True
+            return img
         entry, scale = self._entries[selected_model], self.scale
         try:
             while scale > LARGEST:

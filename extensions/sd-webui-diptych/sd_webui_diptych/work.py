@@ -19,7 +19,7 @@ from modules import devices, shared
 from PIL import Image
 
 from diptych.errors import ImageError
-from diptych.upscalers.official import download
+from diptych.upscalers.official import cache_folder, download
 from diptych.upscalers.upscaler import Upscaler
 
 from . import networks, settings
@@ -39,7 +39,7 @@ def look_up() -> list[Entry]:
         getattr(shared.cmd_opts, f"{kind.lower()}_models_path", None) or Path(shared.models_path) / kind
         for kind in ("ESRGAN", "RealESRGAN")
     ]
-    _entries = networks.find([settings.read().folder_path, *map(Path, host)])
+    _entries = networks.find([settings.read().folder_path, *map(Path, host), cache_folder()])
     return _entries
 
 
@@ -98,13 +98,16 @@ def _progress(what: str) -> Iterator[Any]:
     from tqdm import tqdm  # every host has it
 
     text = shared.state.textinfo
-    with tqdm(desc=f"Diptych {what}", unit="%", total=100, disable=not shared.opts.enable_upscale_progressbar) as bar:
+    shown = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    hidden = not shared.opts.enable_upscale_progressbar
+    with tqdm(desc=f"Diptych {what}", total=100, bar_format=shown, disable=hidden) as bar:
 
         def progress(done: int, total: int) -> None:
             percent = 100 * done // max(total, 1)
             bar.update(percent - bar.n)
             shared.state.textinfo = f"Diptych {what}: {percent} %"
 
+        shared.state.textinfo = f"Diptych {what}"
         try:
             yield progress
         finally:
