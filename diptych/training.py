@@ -200,10 +200,12 @@ class Run:
         for module in modules:
             module.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
-    def set_learning_rate(self, step: int, peak: float, warmup: int, *optimizers: Any) -> None:
-        """A linear rise over `warmup` steps, then half a cosine down to a hundredth at the end of the run."""
+    def set_learning_rate(
+        self, step: int, peak: float, warmup: int, *optimizers: Any, steps: int | None = None
+    ) -> None:
+        """A linear rise over `warmup` steps, then half a cosine down to a hundredth at the end of `steps` (the run's)."""
         rise = min(1.0, (step + 1) / max(1, warmup))
-        fall = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / self.config.steps))
+        fall = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / (steps or self.config.steps)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = peak * rise * float(fall)

@@ -288,7 +288,7 @@ def _teach_words(run: Run, text_encoder: Any, latents: Tensor, tokens: Tensor, c
     parameters = [*text_encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.01)
     for step in range(config.text_steps):
-        run.set_learning_rate(step, 1e-3, 100, optimizer, steps=config.text_steps)
+        run.set_learning_rate(step, 2e-3, 200, optimizer, steps=config.text_steps)
         chosen = torch.from_numpy(run.rng(2**31 + 3 + step).integers(len(latents), size=64))
         target = latents[chosen].float().flatten(1).to(run.device)
         with run.accelerator.autocast():
