@@ -29,8 +29,9 @@ def test_a_picture_of_automatic1111_with_all_its_quirks_is_read() -> None:
         "masterpiece, (best quality:1.2),\n<lora:add detail:0.8> girl: standing\n"
         "Negative prompt: lowres, bad: anatomy,\nblurry\n"
         "Steps: 20, Sampler: DPM++ 2M Karras, CFG scale: 7.5, Seed: 3034842164, Size: 512x768, Model hash: 6ce0161689,"
-        ' Model: v1-5-pruned-emaonly, Denoising strength: 0.7, Clip skip: 2, Hires upscale: 2,'
-        ' Hires upscaler: "R-ESRGAN 4x+", Lora hashes: "add detail: 7c6bad76eb54", TI hashes: "easynegative: c74b4e810b03, bad: 1a", Version: v1.6.0'
+        " Model: v1-5-pruned-emaonly, Denoising strength: 0.7, Clip skip: 2, Hires upscale: 2,"
+        ' Hires upscaler: "R-ESRGAN 4x+", Lora hashes: "add detail: 7c6bad76eb54",'
+        ' TI hashes: "easynegative: c74b4e810b03, bad: 1a", Version: v1.6.0'
     )
     info = parse_infotext(text)
     assert info.prompt == "masterpiece, (best quality:1.2),\n<lora:add detail:0.8> girl: standing"
