@@ -57,7 +57,7 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
             return torch.float16
         return torch.bfloat16 if fast_bf16(device) else torch.float32
     picked = _DTYPES.get(dtype.removeprefix("torch.").lower()) if isinstance(dtype, str) else dtype
-    if picked not in _DTYPES.values():
+    if picked is None or picked not in _DTYPES.values():
         raise ValueError(f"there is no dtype called {dtype!r} here: use auto, fp32, fp16 or bf16")
     if picked is torch.float16 and device.type == "cpu":
         raise ValueError("fp16 is for GPUs: on a cpu use bf16, fp32 or auto")

@@ -125,7 +125,7 @@ def _read(path: Path, file: BinaryIO, any_order: bool) -> PictureFile:
         kind, metadata = np.dtype(np.uint8), metadata_of(image)
         return PictureFile(path, file, image.height, image.width, 4, kind, metadata, frames=frames, image=image)
     large = image.width * image.height * len(image.getbands()) > _WHOLE and not any_order and orientation_of(image) == 1
-    if image.format == "PNG" and image.tile and image.tile[0][3] == "LA;16B":  # of which Pillow keeps but 8 bits
+    if image.format == "PNG" and _tiles(image) and _tiles(image)[0][3] == "LA;16B":  # of which Pillow keeps but 8 bits
         picture = _png_by_rows(path, file, metadata_of(image))
         return picture if large else _all_of(picture, orientation_of(image))
     if large and image.format == "PNG" and not image.info.get("interlace"):
@@ -134,7 +134,9 @@ def _read(path: Path, file: BinaryIO, any_order: bool) -> PictureFile:
         return _tiff_by_rows(path, file, metadata_of(image))
     with decoding():
         array = _decoded(image, file)
-    return PictureFile(path, file, *array.shape, array.dtype, metadata_of(image), ArraySource(array[None]))
+    height, width, channels = array.shape
+    source = ArraySource(array[None])
+    return PictureFile(path, file, height, width, channels, array.dtype, metadata_of(image), source)
 
 
 def _all_of(picture: PictureFile, orientation: int = 1) -> PictureFile:
@@ -187,10 +189,15 @@ def _decoded(image: Image.Image, file: BinaryIO) -> np.ndarray:
     if swapped is None:
         return pil_to_array(image)
     high = np.array(image)
-    again = _open(file)
+    again: Any = _open(file)
     again.tile = swapped
     again.load()
     return upright(high.astype(np.uint16) << 8 | np.asarray(again), orientation_of(image))
+
+
+def _tiles(image: Any) -> list[Any]:
+    """How Pillow is going to decode the file: (decoder, box, offset, arguments) each."""
+    return list(image.tile)
 
 
 def _in_other_byte_order(image: Image.Image) -> list[Any] | None:
@@ -198,7 +205,7 @@ def _in_other_byte_order(image: Image.Image) -> list[Any] | None:
     if image.mode not in ("RGB", "RGBA"):
         return None
     tiles = []
-    for tile in image.tile:
+    for tile in _tiles(image):
         args = tile[3]
         rawmode = args[0] if isinstance(args, tuple) else args
         if rawmode not in {f"{image.mode};16{order}" for order in "BLN"}:
@@ -217,7 +224,7 @@ def _png_by_rows(path: Path, file: BinaryIO, metadata: Metadata) -> PictureFile:
         width, height, rows, info = png.Reader(file=file).asDirect()
     channels, depth = info["planes"], info["bitdepth"]
     dtype = np.dtype(np.uint16 if depth > 8 else np.uint8)
-    factor = np.iinfo(dtype).max / (2**depth - 1)
+    factor = (2 ** (8 * dtype.itemsize) - 1) / (2**depth - 1)
     together = max(_STRIP_BYTES // (width * channels * dtype.itemsize), 1)
 
     def strips() -> Iterator[torch.Tensor]:

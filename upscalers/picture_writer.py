@@ -122,7 +122,7 @@ def _write_png(
             flat = np.ascontiguousarray(strip).view(np.uint8).reshape(len(strip), -1)
             for first in range(0, len(flat), 64):  # few enough rows to stay in the cache
                 some = flat[first : first + 64]
-                data = packer.compress(_paeth(np.concatenate([above, some]), channels * dtype.itemsize))
+                data = packer.compress(_paeth(np.concatenate([above, some]), channels * dtype.itemsize).data)
                 above = some[-1:]
                 if data:
                     chunk(b"IDAT", data)
@@ -180,7 +180,7 @@ def _write_tiff(
             difference = strip.copy()
             difference[:, 1:] -= strip[:, :-1]  # horizontal predictor, TIFF 6.0 section 14
             packer = zlib.compressobj(6, zlib.DEFLATED, 15, 9, zlib.Z_RLE)
-            yield packer.compress(difference.astype(dtype.newbyteorder("<"), copy=False)) + packer.flush()
+            yield packer.compress(difference.astype(dtype.newbyteorder("<"), copy=False).data) + packer.flush()
 
     tags, camera = _tiff_tags(metadata)
     tifffile.imwrite(

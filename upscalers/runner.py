@@ -76,7 +76,7 @@ class Runner:
 
     def _made(self, dtype: torch.dtype) -> nn.Module:
         module = copy.deepcopy(self._network.module).requires_grad_(False).eval()
-        return module.to(self.device, dtype, memory_format=torch.channels_last)
+        return module.to(self.device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def _psnr(self) -> float:
         """Of a small probe in the chosen precision against fp32, in dB, both clamped to 0..1."""

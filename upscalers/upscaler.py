@@ -206,21 +206,21 @@ class Upscaler:
             return out[0, ..., 0] if len(shape) == 2 else out[0] if len(shape) == 3 else out
         if isinstance(picture, torch.Tensor):
             batch = checked_tensor(picture)
-            height, width = output_size(*batch.shape[2:], options.scale)
-            out = torch.empty((*batch.shape[:2], height, width), dtype=picture.dtype, device=picture.device)
+            height, width = output_size(batch.shape[2], batch.shape[3], options.scale)
+            large = torch.empty((*batch.shape[:2], height, width), dtype=picture.dtype, device=picture.device)
             done = 0
             for strip in self._rows(TensorSource(batch), batch.shape[1], options):
                 strip = strip.clamp(0, 1) if picture.is_floating_point() else strip.mul(255).round_().clamp_(0, 255)
-                out[:, :, done : done + strip.shape[2]] = strip
+                large[:, :, done : done + strip.shape[2]] = strip
                 done += strip.shape[2]
-            return out.reshape(*picture.shape[:-2], height, width)
+            return large.reshape(*picture.shape[:-2], height, width)
         raise ValueError(
             f"a picture is a PIL image, a numpy array, a tensor or a list of them, not a {type(picture).__name__}"
         )
 
     def _array(self, array: np.ndarray, options: _Options) -> np.ndarray:
         """(N, H, W, C) -> the same dtype, enlarged."""
-        height, width = output_size(*array.shape[1:3], options.scale)
+        height, width = output_size(array.shape[1], array.shape[2], options.scale)
         out = np.empty((len(array), height, width, array.shape[3]), array.dtype)
         done = 0
         for strip in self._rows(ArraySource(array), array.shape[3], options):
