@@ -81,7 +81,7 @@ def upscale(
     pixels = np.asarray(image)  # without the metadata, by which the engine might turn the picture
     with _progress(f"{entry.name} {image.width}x{image.height} x{scale:g}") as progress, devices.without_autocast():
         network = _network(entry, denoise, now, progress)
-        options = {"tile": now.tile or "auto", "border": border or now.border}
+        options: dict[str, Any] = {"tile": now.tile or "auto", "border": border or now.border}
         return Image.fromarray(network.upscale(pixels, scale, progress=progress, cancel=_Interrupt(), **options))
 
 
@@ -125,7 +125,7 @@ def _network(entry: Entry, denoise: float | None, now: settings.Settings, progre
         kind = {"device": devices.device_esrgan, "dtype": _precision(now)}
         upscaler = Upscaler.from_pretrained(file, denoise=denoise, **kind)
         if now.compile:
-            module = torch.compile(upscaler.network.module, dynamic=True)
+            module: Any = torch.compile(upscaler.network.module, dynamic=True)
             upscaler = Upscaler(replace(upscaler.network, module=module), **kind)
         _loaded[key] = upscaler
     _loaded.move_to_end(key)
