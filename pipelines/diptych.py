@@ -45,6 +45,7 @@ _OPTIONAL_XL = [
 class _Components(Finish):
     """The components of Stable Diffusion 1 and 2."""
 
+    text_encoder: Any
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae->upscaler"
     _optional_components = _OPTIONAL
 

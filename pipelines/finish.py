@@ -71,8 +71,13 @@ class Finish:
         from diptych.pipelines.single_file import read_components
 
         upscaler = components.pop("upscaler", None)
-        settings = {"config": config, "torch_dtype": torch_dtype, "prediction_type": prediction_type}
-        parts, family, inpaints = read_components(pretrained_model_link_or_path, **settings, **components)
+        parts, family, inpaints = read_components(
+            pretrained_model_link_or_path,
+            config=config,
+            torch_dtype=torch_dtype,
+            prediction_type=prediction_type,
+            **components,
+        )
         if family.is_xl != ("text_encoder_2" in inspect.signature(cls.__init__).parameters):
             raise UnknownArchitecture(
                 f"{pretrained_model_link_or_path} is {family.name}: {cls.__name__} cannot draw it"

@@ -299,15 +299,14 @@ def _txt2img(body: schemas.Txt2ImgBody, request: GenerationRequest, model: str |
         if value and not value.lower().startswith("use same"):
             raise ValueError(f"{name} is given, and the second pass here has the same as the first: leave it out")
     assert request.width and request.height
+    width, height = request.width, request.height
     scale = body.hr_scale or 2.0
     if body.firstphase_width or body.firstphase_height:
-        target = (request.width, request.height)
-        request = replace(
-            request, width=body.firstphase_width or request.width, height=body.firstphase_height or request.height
-        )
-        scale = target[0] / (request.width or 1)
+        first = body.firstphase_width or width
+        request = replace(request, width=first, height=body.firstphase_height or height)
+        scale = width / first
     elif body.hr_resize_x or body.hr_resize_y:
-        scale = max((body.hr_resize_x or 0) / request.width, (body.hr_resize_y or 0) / request.height)
+        scale = max((body.hr_resize_x or 0) / width, (body.hr_resize_y or 0) / height)
     if not 0 < scale <= 16:
         raise ValueError(f"the second pass would enlarge {scale:g} times, and 16 is the most")
     named, strength = body.hr_upscaler, body.denoising_strength or 0
