@@ -1,4 +1,4 @@
-"""The losses and the discriminator that the GAN upscaler is trained with."""
+"""The losses, the discriminator and the starting weights that the GAN upscaler is trained with."""
 
 from pathlib import Path
 
@@ -9,6 +9,8 @@ from safetensors.torch import save_file
 from diptych.errors import CheckpointError
 from diptych.upscalers import losses
 from diptych.upscalers.discriminator import UNetDiscriminatorSN
+from diptych.upscalers.networks import SRVGGNetCompact
+from diptych.upscalers.warmstart import fit_last_layer, near_identity
 
 
 def an_edge() -> torch.Tensor:
@@ -100,3 +102,22 @@ def test_weights_that_are_not_vgg19_are_refused(tmp_path: Path) -> None:
     save_file({"features.0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="other.safetensors does not hold the weights of torchvision's vgg19"):
         losses.VGGPerceptual(tmp_path / "other.safetensors")
+
+
+def test_a_fitted_last_layer_restores_unseen_noisy_pictures_better_than_bicubic() -> None:
+    torch.manual_seed(0)
+    coarse = torch.rand(40, 3, 9, 9)
+    large = torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1)
+    small = torch.nn.functional.avg_pool2d(large, 4) + 0.12 * torch.randn(40, 3, 16, 16)
+    network = SRVGGNetCompact(num_feat=48, num_conv=6)
+    near_identity(network)
+
+    def error(made: torch.Tensor) -> float:
+        return (made - large[32:]).square().mean().item()
+
+    with torch.no_grad():
+        repetition = error(network(small[32:]))
+        fit_last_layer(network, small[:32], large[:32])
+        bicubic = torch.nn.functional.interpolate(small[32:], (64, 64), mode="bicubic")
+        assert error(network(small[32:])) < 0.8 * error(bicubic)
+        assert error(network(small[32:])) < 0.5 * repetition

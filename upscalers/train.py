@@ -30,6 +30,7 @@ from diptych.upscalers.losses import (
 from diptych.upscalers.networks import RRDBNet, SRVGGNetCompact, load_network
 from diptych.upscalers.pairs import DataConfig, Pairs
 from diptych.upscalers.upscaler import Upscaler
+from diptych.upscalers.warmstart import fit_last_layer, near_identity
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,7 @@ class ModelConfig:
                 scale=self.scale, num_feat=self.num_feat, num_block=self.num_block, num_grow_ch=self.num_grow_ch
             )
         network = SRVGGNetCompact(num_feat=self.num_feat, num_conv=self.num_conv, upscale=self.scale)
-        # torch's own initialisation shrinks the signal at each of the layers: thousands of steps are lost waking it.
-        for layer in network.body:
-            if isinstance(layer, nn.Conv2d):
-                nn.init.kaiming_normal_(layer.weight, a=0.25)  # the slope that PReLU begins with
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        nn.init.zeros_(network.body[-1].weight)  # type: ignore[arg-type]
+        near_identity(network)
         return network
 
 
@@ -78,8 +74,8 @@ class LossConfig:
 class Config:
     """A whole configuration file. batch: pictures a step and process; patch: side of a target, in pixels.
 
-    start_from: weights to begin with, whatever `Upscaler.from_pretrained` takes. gan_learning_rate: both networks' in
-    stage 2.
+    start_from: weights to begin with, whatever `Upscaler.from_pretrained` takes. Without it the last layer of
+    SRVGGNetCompact is fitted to `fitted` pairs. gan_learning_rate: both networks' in stage 2.
     """
 
     run: RunConfig
@@ -94,11 +90,12 @@ class Config:
     ema: float = 0.999
     start_from: str | None = None
     validation_pictures: int = 32
+    fitted: int = 256
 
     def __post_init__(self) -> None:
         if self.patch < 32 or self.patch % 8:
             raise ValueError(f"patch must be a multiple of 8 and at least 32, not {self.patch}.")
-        for name in ("batch", "validation_pictures"):
+        for name in ("batch", "validation_pictures", "fitted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
 
@@ -116,6 +113,9 @@ def train(config_file: str, resume: bool = False) -> Path:
     network = config.model.build()
     if config.start_from is not None:
         _start_from(network, config.start_from)
+    elif isinstance(network, SRVGGNetCompact) and not resume:
+        small, target, _ = pairs.batch(np.random.default_rng([config.run.seed, 2**32]), config.fitted, run.device)
+        fit_last_layer(network.to(run.device), small, target)
     network = network.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     critic = UNetDiscriminatorSN(num_feat=config.model.discriminator_feat)
     critic = critic.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
