@@ -134,7 +134,8 @@ class Pairs:
         assert self.vae is not None
         whole, _ = source.batch(rng, number, 2 * self.patch)
         cut, side = self.patch // self.scale, 2 * self.patch // self.scale
-        reduced = np.stack([Image.fromarray(w).resize((side, side), Image.Resampling.LANCZOS) for w in whole])
+        resized = (Image.fromarray(w).resize((side, side), Image.Resampling.LANCZOS) for w in whole)
+        reduced = np.stack([np.asarray(picture) for picture in resized])
         vae = self.vae.to(device)  # type: ignore[arg-type]
         latents = vae.encode(_tensor(reduced, device) * 2 - 1).latent_dist.mode()
         decoded = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
