@@ -64,7 +64,7 @@ class GenerationRequest:
     """
 
     prompt: str
-    """In Automatic1111's syntax: (word:1.2), [from:to:0.5], BREAK, <lora:name:0.8>."""
+    """In Automatic1111's syntax: (word:1.2), [from:to:0.5], BREAK, <lora:name:0.8>. Empty: whatever comes."""
     negative_prompt: str = ""
     seed: int | None = None
     """0 .. 2**32 - 1; None: drawn at random. The pictures of one request have seed, seed + 1, ..."""
@@ -94,8 +94,6 @@ class GenerationRequest:
     """"cpu": the same noise on every machine. "device": drawn where the model runs."""
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise ValueError("the prompt is empty: say what to draw")
         _in_range("steps", self.steps, 1, 1000)
         _in_range("count", self.count, 1, 10_000)
         _in_range("batch size", self.batch_size, 1, 256)

@@ -345,7 +345,6 @@ def test_a_lora_that_is_not_there_is_named_and_one_outside_of_the_folder_is_not_
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"prompt": "  "}, "prompt is empty"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": -5}, "steps is -5"),
         ({"count": 0}, "count is 0"),

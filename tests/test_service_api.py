@@ -8,7 +8,7 @@ import time
 
 import httpx
 import pytest
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageChops, ImageStat, PngImagePlugin
 
 BASE = "/sdapi/v1/"
 
@@ -50,6 +50,12 @@ def test_txt2img_gives_a_picture_of_the_size_asked_for_with_its_parameters_insid
     info = json.loads(answer["info"])
     assert info["seed"] == 7 and info["infotexts"] == [picture.info["parameters"]]
     assert answer["parameters"]["cfg_scale"] == 7.0 and answer["parameters"]["negative_prompt"] == "blur"
+
+
+def test_without_a_prompt_something_is_drawn(http):
+    answer = http.post(BASE + "txt2img", json={"steps": 2, "width": 64, "height": 64}).json()
+    assert json.loads(answer["info"])["prompt"] == "" and opened(answer["images"][0]).size == (64, 64)
+    assert post(http, "png-info", image=answer["images"][0])["info"].startswith("Steps: 2,")
 
 
 def test_a_seed_is_a_picture_and_the_next_picture_has_the_next_seed(http):
@@ -94,14 +100,17 @@ def test_hires_to_a_size_enlarges_as_far_as_that(http):
     assert opened(answer["images"][0]).size == (192, 192)
 
 
-def test_img2img_keeps_more_of_the_picture_the_less_is_denoised(http):
-    def difference(strength):
+def test_img2img_draws_more_of_the_picture_anew_the_more_is_denoised(http):
+    def drawn(strength):
         body = small(init_images=[encoded(RED)], denoising_strength=strength, steps=10)
-        picture = opened(post(http, "img2img", **body)["images"][0]).convert("RGB")
-        red = picture.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
-        return picture.size, red
+        return opened(post(http, "img2img", **body)["images"][0]).convert("RGB")
 
-    assert difference(0.1)[0] == (64, 64)
+    def difference(one, other):
+        return ImageStat.Stat(ImageChops.difference(one, other)).sum2
+
+    barely, little, much = map(drawn, (0.1, 0.3, 0.9))
+    assert barely.size == (64, 64)
+    assert sum(difference(barely, little)) < sum(difference(barely, much))
 
 
 def test_img2img_takes_the_data_prefix_and_says_which_pictures_it_got_only_if_asked(http):

@@ -33,7 +33,7 @@ def test_many_clients_at_once_each_get_their_own(web_server):
     load = benchmark("service_load")
     tally = load.run(web_server.url, os.getpid(), clients=10, seconds=3)
     assert tally.wrong == []
-    assert sum(tally.done.values()) >= 10  # each at least once
+    assert sum(tally.done.values()) >= 10  # as many as there are clients
 
 
 @pytest.fixture(scope="module")

@@ -210,6 +210,8 @@ class CreateTab:
 
         same = (gr.skip(),) * 4
         try:
+            if not prompt.strip():
+                raise ValueError("the prompt is empty: say what to draw")
             picture, mask = _picture_and_mask(init_image)
             width, height = _sides(size)
             wish = GenerationRequest(

@@ -124,6 +124,8 @@ def _fields(args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
             raise ImageError(f"{args.from_png}: {error}") from error
     elif not args.prompt:
         raise ValueError("there is no prompt: say what to draw, or give --from-png")
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise ValueError("the prompt is empty: say what to draw")
     fields |= {name: getattr(args, name) for name in _FIELDS if getattr(args, name) is not None}
     if args.size:
         fields["width"], fields["height"] = args.size
