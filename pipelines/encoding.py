@@ -142,8 +142,9 @@ def _encode(
     is_xl = hasattr(encoders[0].pipeline, "text_encoder_2")
     widths, pooled = [], None
     for encoder, chunks in zip(encoders, per_encoder, strict=True):
-        empty = [_Chunk((), ())] * (longest - len(chunks))
-        outputs = [_run(encoder, chunk, clip_skip, is_xl) for chunk in [*chunks, *empty]]
+        filled = [*chunks, *[_Chunk((), ())] * (longest - len(chunks))]
+        made = {chunk: _run(encoder, chunk, clip_skip, is_xl) for chunk in dict.fromkeys(filled)}  # each but once
+        outputs = [made[chunk] for chunk in filled]
         widths.append(torch.cat([hidden for hidden, _ in outputs], dim=1))
         pooled = outputs[0][1]  # of the second encoder, where there are two; of the first chunk, which leads
     return torch.cat(widths, dim=-1), pooled if is_xl else None
