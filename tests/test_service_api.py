@@ -257,7 +257,7 @@ def test_skip_leaves_out_the_picture_at_hand_only(http, web_server):
         target=lambda: answer.update(httpx.post(url, json=body, headers=headers, timeout=60).json())
     )
     thread.start()
-    while not http.get(BASE + "progress", headers=headers).json()["progress"]:
+    while thread.is_alive() and not http.get(BASE + "progress", headers=headers).json()["progress"]:
         pass
     post(http, "skip", headers=headers)
     thread.join(30)
@@ -270,10 +270,12 @@ def test_a_job_goes_by_the_id_that_its_client_chose(http, web_server):
         kwargs={"json": small(steps=60, n_iter=4, force_task_id="my task"), "timeout": 60},
     )  # fmt: skip
     thread.start()
-    while not http.get(BASE + "progress", params={"id_task": "my task"}).json()["state"]["job_count"]:
+    mine = {"id_task": "my task"}
+    while thread.is_alive() and not http.get(BASE + "progress", params=mine).json()["state"]["job_count"]:
         pass
+    assert thread.is_alive()
     assert http.get(BASE + "progress", params={"id_task": "another"}).json()["state"]["job_count"] == 0
-    http.post(BASE + "interrupt", params={"id_task": "my task"})
+    http.post(BASE + "interrupt", params=mine)
     thread.join(10)
     assert not thread.is_alive()
 
