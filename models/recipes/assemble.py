@@ -3,6 +3,7 @@
 python models/recipes/assemble.py DIFFUSION_MODEL VAE UPSCALER OUTPUT
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ def main(diffusion: str, vae: str, upscaler: str, output: str) -> None:
     pipeline.save_pretrained(output)
     for name in ("words.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
         shutil.copyfile(Path(diffusion) / name, Path(output) / name)
+    for config in Path(output).rglob("*.json"):  # where the parts came from says nothing to anybody else
+        content = json.loads(config.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and content.pop("_name_or_path", None):
+            config.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
