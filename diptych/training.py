@@ -203,7 +203,7 @@ class Run:
     def set_learning_rate(
         self, step: int, peak: float, warmup: int, *optimizers: Any, steps: int | None = None
     ) -> None:
-        """A linear rise over `warmup` steps, then half a cosine down to a hundredth at the end of `steps` (the run's)."""
+        """A linear rise over `warmup` steps, then half a cosine down to a hundredth at the end of `steps`."""
         rise = min(1.0, (step + 1) / max(1, warmup))
         fall = 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / (steps or self.config.steps)))
         for optimizer in optimizers:

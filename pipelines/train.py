@@ -54,8 +54,8 @@ class Config:
     vae: folder of the finished `AutoencoderKL`; batch: pictures a step and process; caption_dropout: share of pictures
     trained without caption; cached_pictures: how many captioned pictures are encoded before the first step; noise_bias:
     above 1 trains more on high noise, where only the caption says what to draw; start_from: a pipeline folder whose
-    tokenizer, text encoder and UNet are trained on; text_steps: steps in which the text encoder alone learns to foresee the
-    latents of its captions, so that the UNet meets words that already mean something.
+    tokenizer, text encoder and UNet are trained on; text_steps: steps in which the text encoder alone learns to foresee
+    the latents of its captions, so that the UNet meets words that already mean something.
     """
 
     run: RunConfig
@@ -280,7 +280,7 @@ def _cache(run: Run, source: Source, vae: Any, tokenizer: Any, config: Config) -
 
 
 def _teach_words(run: Run, text_encoder: Any, latents: Tensor, tokens: Tensor, config: Config) -> None:
-    """Trains the text encoder, through a linear head that is then thrown away, to predict the mean latents of a caption.
+    """Trains the text encoder, through a linear head that is thrown away, to predict the mean latents of a caption.
 
     A cross-attention that starts among meaningless words takes most of a small budget to find out which word matters.
     """
