@@ -231,7 +231,12 @@ def _fetch(
     request = urllib.request.Request(entry.url, headers={"User-Agent": "diptych"})
     if done:
         request.add_header("Range", f"bytes={done}-")
-    with urllib.request.urlopen(request, timeout=30) as response, open(part, "r+b" if done else "wb") as file:
+    # Made if it is new and never emptied: another process may be further with it.
+    flags = os.O_RDWR | getattr(os, "O_BINARY", 0) | (0 if done else os.O_CREAT)
+    with (
+        urllib.request.urlopen(request, timeout=30) as response,
+        open(os.open(part, flags, 0o644), "r+b") as file,
+    ):
         if response.status != 206:  # the server sends the whole file, whatever was asked for
             done = 0
         file.seek(done)
