@@ -200,7 +200,14 @@ def test_ctrl_c_leaves_nothing_half_written_and_status_130(network, here):
         "fp32",
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=here, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        cwd=here,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where tests run in the background
+    ) as process:
         while process.poll() is None and not list(here.glob("outputs/.*part*")):
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

@@ -133,7 +133,7 @@ def train(config_file: str, resume: bool = False) -> Path:
             optimizer_d.step()
             run.log(discriminator=loss_d, real=real.mean(), fake=fake.mean())
 
-        if run.due(step, config.run.sample_every) and run.is_main:
+        if run.due(step, config.run.sample_every):
             run.log(**_validate(average.module, validation, run, step))
         run.log(nll=nll, kl=kl.mean(), l1=(pictures - rebuilt).abs().mean())
 
