@@ -22,7 +22,7 @@ from diptych.data.sources import DataConfig, Source
 from diptych.errors import CheckpointError
 from diptych.pipelines.tokenizer import write_vocabulary
 from diptych.training import Run, RunConfig, ema_of, read_config
-from diptych.vae.train import as_tensor
+from diptych.vae.train import as_tensor, load_autoencoder
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def train(config_file: str, resume: bool = False) -> Path:
     source = config.data.open()
     if config.start_from is not None and not (Path(config.start_from) / "unet").is_dir():
         raise CheckpointError(f"start_from = {config.start_from!r} is no pipeline folder.")
-    vae = _load_vae(config.vae)
+    vae = load_autoencoder(config.vae, "vae").eval().requires_grad_(False)
     run = Run(config, resume)
     run.keep_config(config_file)
     torch.manual_seed(config.run.seed)
@@ -152,17 +152,6 @@ def train(config_file: str, resume: bool = False) -> Path:
 
 
 # ------------------------------------------------------------------------------------------------ parts
-
-
-def _load_vae(folder: str) -> Any:
-    from diffusers import AutoencoderKL
-
-    try:
-        return AutoencoderKL.from_pretrained(folder, local_files_only=True).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"vae = {folder!r} is no folder of an AutoencoderKL: {str(error).splitlines()[0]}"
-        ) from None
 
 
 def _build(config: Config, vae: Any, vocabulary: int) -> Denoiser:

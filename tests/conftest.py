@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # The networks of the tests are too small for several threads, which moreover wait for each other on a busy machine.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -31,15 +31,6 @@ NETWORKS = [(SRVGGNetCompact, shape) for shape in SRVGG_SHAPES] + [(RRDBNet, sha
 NETWORK = pytest.mark.parametrize(("build", "shape"), NETWORKS, ids=str)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small pictures spend their time in waiting for each other's threads otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(build, **hyperparameters):
     torch.manual_seed(0)
     return build(**hyperparameters).eval()

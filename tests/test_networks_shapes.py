@@ -9,15 +9,6 @@ from diptych.errors import CheckpointError, UnknownArchitecture
 from diptych.upscalers.networks import ARCHITECTURES, RRDBNet, SRVGGNetCompact, load_network
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Hundreds of tiny convolutions spend their time in waiting for each other's threads otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(build, **hyperparameters):
     torch.manual_seed(0)
     return build(**hyperparameters).eval()

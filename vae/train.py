@@ -150,6 +150,17 @@ def as_tensor(pictures: object) -> Tensor:
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
+def load_autoencoder(folder: str, key: str) -> Any:
+    """The `AutoencoderKL` in `folder`. Raises CheckpointError naming the configuration's `key` if there is none."""
+    from diffusers import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{key} = {folder!r} is no folder of an AutoencoderKL: {reason}") from None
+
+
 def _build(model: ModelConfig) -> Any:
     from diffusers import AutoencoderKL
 
@@ -165,11 +176,7 @@ def _build(model: ModelConfig) -> Any:
             mid_block_add_attention=model.mid_attention,
             sample_size=model.side,
         )
-    try:
-        vae = AutoencoderKL.from_pretrained(model.start_from, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"start_from = {model.start_from!r} is no folder of an AutoencoderKL: {reason}") from None
+    vae = load_autoencoder(model.start_from, "start_from")
     theirs = (tuple(vae.config.block_out_channels), vae.config.latent_channels)
     if theirs != (model.channels, model.latent_channels):
         ours = (model.channels, model.latent_channels)
