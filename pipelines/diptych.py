@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from diptych.pipelines.finish import Finish
+from diptych.pipelines.masked import MaskedContent
 from diptych.pipelines.upscaler import DiptychUpscaler
 
 _OPTIONAL = ["safety_checker", "feature_extractor", "image_encoder", "upscaler"]
@@ -171,7 +172,7 @@ class DiptychImg2ImgPipeline(_Components, StableDiffusionImg2ImgPipeline):
     """Picture and text to picture with Stable Diffusion 1.x and 2.x."""
 
 
-class DiptychInpaintPipeline(_Components, StableDiffusionInpaintPipeline):
+class DiptychInpaintPipeline(MaskedContent, _Components, StableDiffusionInpaintPipeline):
     """Picture, mask and text to picture with Stable Diffusion 1.x and 2.x."""
 
 
@@ -183,5 +184,5 @@ class DiptychXLImg2ImgPipeline(_ComponentsXLFromPicture, StableDiffusionXLImg2Im
     """Picture and text to picture with SDXL."""
 
 
-class DiptychXLInpaintPipeline(_ComponentsXLFromPicture, StableDiffusionXLInpaintPipeline):
+class DiptychXLInpaintPipeline(MaskedContent, _ComponentsXLFromPicture, StableDiffusionXLInpaintPipeline):
     """Picture, mask and text to picture with SDXL."""

@@ -35,6 +35,7 @@ from diptych.pipelines.diptych import (
 from diptych.pipelines.encoding import Embeddings, EncodedPrompt, encode_prompts
 from diptych.pipelines.loading import model_name
 from diptych.pipelines.loras import apply_loras, find_lora
+from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.pipelines.preview import LatentPreview
 from diptych.pipelines.prompts import parse_prompt
 from diptych.pipelines.schedulers import make_scheduler, sampler_name
@@ -88,6 +89,8 @@ class GenerationRequest:
     """0..1: how much of init_image is drawn anew."""
     mask: Image.Image | None = None
     """White is drawn anew, black is kept. Needs init_image."""
+    masked_content: str = "original"
+    """What the white part begins from, where strength < 1: "fill", "original", "latent noise", "latent nothing"."""
     loras: Sequence[tuple[str, float]] = ()
     """Files, or names in the LoRA folder, each with its weight."""
     noise_device: str = "cpu"
@@ -113,6 +116,8 @@ class GenerationRequest:
             raise ValueError(
                 f"the mask is {_by(self.mask.size)}, the picture {_by(self.init_image.size)}: make them the same size"
             )
+        if self.masked_content not in MASKED_CONTENT:
+            raise ValueError(f"masked content is {self.masked_content!r}: choose one of {', '.join(MASKED_CONTENT)}")
         if self.noise_device not in ("cpu", "device"):
             raise ValueError(f'noise device is {self.noise_device!r}, and must be "cpu" or "device"')
 
@@ -303,7 +308,7 @@ def _draw(
         arguments |= {"image": _fit(request.init_image, plan.denoised), "strength": request.strength}
     if request.mask is not None:
         mask = ImageOps.fit(request.mask.convert("L"), plan.denoised, Image.Resampling.BILINEAR)
-        arguments |= {"mask_image": mask, "width": width, "height": height}
+        arguments |= {"mask_image": mask, "width": width, "height": height, "masked_content": request.masked_content}
     pictures = pipeline(**arguments).images
     if request.mask is None or request.init_image is None:
         return pictures
@@ -397,6 +402,8 @@ def _settings(pipeline: Any, request: GenerationRequest, plan: Sizes, seed: int)
     settings["Model"] = model_name(pipeline)
     if request.init_image is not None:
         settings["Denoising strength"] = f"{request.strength:g}"
+    if request.mask is not None and request.masked_content != "original":
+        settings["Masked content"] = request.masked_content
     if request.clip_skip > 1:
         settings["Clip skip"] = str(request.clip_skip)
     if plan.denoised != plan.asked:

@@ -151,6 +151,35 @@ def test_inverting_the_mask_draws_the_rest(http):
     assert max(abs(a - b) for a, b in zip(drawn.getpixel((5, 32)), (200, 30, 60), strict=True)) <= 1
 
 
+def inpainted(http, **more):
+    picture, mask = Image.effect_noise((96, 96), 90).convert("RGB"), Image.new("L", (96, 96), 0)
+    mask.paste(255, (40, 40, 72, 72))
+    body = {"init_images": [encoded(picture)], "mask": encoded(mask), "mask_blur": 0, "width": 96, "height": 96,
+            "denoising_strength": 0.5, "inpaint_full_res": False}  # fmt: skip
+    answer = post(http, "img2img", **small(**body | more))
+    drawn = opened(answer["images"][0]).convert("RGB")
+    return ImageChops.difference(picture, drawn).convert("L").point(lambda v: 255 if v > 2 else 0), answer
+
+
+def test_what_the_mask_lays_bare_begins_as_inpainting_fill_says(http):
+    answers = [inpainted(http, inpainting_fill=fill)[1] for fill in range(4)]
+    assert len({answer["images"][0] for answer in answers}) == 4
+    said = [json.loads(answer["info"])["infotexts"][0] for answer in answers]
+    assert ["Masked content: fill" in said[0], "Masked content" in said[1]] == [True, False]
+
+
+@pytest.mark.parametrize("full_res", [False, True])
+def test_blurring_the_mask_lets_the_drawing_reach_over_its_border_and_not_far(http, full_res):
+    sharp, soft = (inpainted(http, mask_blur=blur, inpaint_full_res=full_res)[0].getbbox() for blur in (0, 4))
+    assert sharp == (40, 40, 72, 72)
+    assert 24 < soft[0] < 40 and 24 < soft[1] < 40 and 72 < soft[2] < 88 and 72 < soft[3] < 88
+
+
+def test_padding_shows_the_model_more_of_what_is_around_the_mask(http):
+    near, far = (inpainted(http, inpaint_full_res=True, inpaint_full_res_padding=n)[1]["images"] for n in (0, 20))
+    assert near != far
+
+
 @pytest.mark.parametrize("resize_mode", [0, 1, 2, 3])
 def test_every_resize_mode_gives_the_size_asked_for(http, resize_mode):
     answer = post(http, "img2img", **small(init_images=[encoded(RED)], resize_mode=resize_mode, width=128, height=64))

@@ -21,6 +21,7 @@ from diptych import __version__
 from diptych.errors import ImageError, ModelNotFound
 from diptych.infotext import Infotext, parse_infotext
 from diptych.pipelines.generation import GenerationRequest
+from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.pipelines.schedulers import SAMPLERS, SCHEDULE_TYPES
 from diptych.webui import schemas
 from diptych.webui.backend import Made, Refining, Upscaling
@@ -37,14 +38,14 @@ class ScriptNotFound(ValueError):
 
 @dataclass(frozen=True)
 class Region:
-    """Where on a larger picture a drawn piece belongs ("only masked")."""
+    """Where on a picture what was drawn belongs: all over it, or a part ("only masked")."""
 
     picture: Image.Image
     mask: Image.Image
     box: tuple[int, int, int, int]
 
     def paste(self, piece: Image.Image) -> Image.Image:
-        """The larger picture with the piece in it, blended by the mask."""
+        """The picture with the piece in it, blended by the mask; where the mask is black it is as it came."""
         left, top, right, bottom = self.box
         whole = self.picture.copy()
         fitted = piece.convert("RGB").resize((right - left, bottom - top), Image.Resampling.LANCZOS)
@@ -338,16 +339,16 @@ def _img2img(body: schemas.Img2ImgBody, request: GenerationRequest, model: str |
             requests.append(replace(one, init_image=_fit(picture, size, body.resize_mode)))
             regions.append(None)
             continue
-        painted, region = _prepare_mask(mask, picture.size, body), None
+        painted = _prepare_mask(mask, picture.size, body)
         if body.inpaint_full_res:
             box = _box_around(painted, size, body.inpaint_full_res_padding or 0)
-            region = Region(picture, painted, box)
-            picture, painted = picture.crop(box), painted.crop(box)
-            fitted = (picture.resize(size, Image.Resampling.LANCZOS), painted.resize(size, Image.Resampling.LANCZOS))
         else:
-            fitted = (_fit(picture, size, body.resize_mode), _fit(painted, size, body.resize_mode))
-        requests.append(replace(one, init_image=fitted[0], mask=fitted[1]))
-        regions.append(region)
+            picture, painted = _fit(picture, size, body.resize_mode), _fit(painted, size, body.resize_mode)
+            box = (0, 0, *size)
+        fitted = [part.crop(box).resize(size, Image.Resampling.LANCZOS) for part in (picture, painted)]
+        regions.append(Region(picture, painted, box))
+        content = MASKED_CONTENT[body.inpainting_fill or 0]
+        requests.append(replace(one, init_image=fitted[0], mask=fitted[1], masked_content=content))
     return Wish(requests, model, regions=regions)
 
 

@@ -101,7 +101,9 @@ class Img2ImgBody(GenerationBody):
     mask_blur_y: Annotated[int, Field(ge=0, le=64)] | None = 4
     mask_blur: Annotated[int, Field(ge=0, le=64)] | None = None
     mask_round: bool | None = True
-    inpainting_fill: Annotated[int, Field(ge=0, le=3)] | None = 0
+    inpainting_fill: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        0, description="what the white part begins from: 0 fill, 1 original, 2 latent noise, 3 latent nothing"
+    )
     inpaint_full_res: bool | None = True
     inpaint_full_res_padding: Annotated[int, Field(ge=0, le=2048)] | None = 0
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1)] | None = 0
