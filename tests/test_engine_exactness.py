@@ -82,6 +82,24 @@ def test_pictures_of_a_batch_are_those_of_each_alone(make_srvgg):
     assert (together - alone).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("border", ["zero", "wrap"])
+@pytest.mark.parametrize("batch", [2, 3, 100])
+def test_tiles_that_go_through_the_network_together_change_nothing(make_srvgg, batch, border):
+    network, calls = make_srvgg(), []
+    x = picture(20, 150, batch=2)
+
+    def compute(tile):
+        calls.append(len(tile))
+        return network.module(tile)
+
+    options = {"scale": network.scale, "halo": network.radius, "tile": 16, "border": border}
+    with torch.no_grad():
+        out = upscale_tensor(compute, x, batch=batch, **options)
+    assert (out - whole(network, x, border)).abs().max() <= 1e-6
+    inner = 10 if border == "wrap" else 8  # with zeros outside, the tiles at both ends read less
+    assert max(calls) == 2 * min(batch, inner)
+
+
 def test_two_passes_equal_the_network_run_twice_and_the_rest_is_pillows_lanczos(make_srvgg):
     network = make_srvgg(num_conv=1)
     x = picture(10, 8)

@@ -80,6 +80,14 @@ def test_a_batch_is_divided_before_a_tile(make_srvgg):
     assert compute.pixels == [6000, 3000, 3000]
 
 
+def test_tiles_that_were_to_go_together_go_alone_when_memory_does_not_suffice(make_srvgg):
+    network = make_srvgg()
+    compute = Failing(network, FAILURES[0], most=1500)
+    expected = run(network, network.module, picture(16, 150)).detach()
+    assert (run(network, compute, picture(16, 150), tile=16, batch=8) - expected).abs().max() <= 1e-6
+    assert len([pixels for pixels in compute.pixels if pixels > 1500]) == 1
+
+
 def test_memory_that_does_not_suffice_for_the_smallest_tile_is_an_error_of_its_own(make_srvgg):
     network = make_srvgg()
     with pytest.raises(OutOfMemory, match="cpu ran out of memory even for a tile of .* close other programs"):
@@ -155,6 +163,7 @@ def test_a_network_that_makes_another_size_than_it_says_is_refused(make_srvgg):
         ({"tile": 0}, "tile must be auto or a positive number of pixels, not 0"),
         ({"tile": "big"}, "not 'big'"),
         ({"tile": True}, "not True"),
+        ({"batch": 0}, "batch must be a positive number of tiles, not 0"),
         ({"border": "mirror"}, "border must be one of"),
     ],
 )

@@ -99,6 +99,7 @@ def test_settings_of_another_version_are_replaced_by_defaults_and_named(
     make_host: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     options = {"diptych_tile": "huge", "diptych_border": "mirror", "diptych_prefix": 3, "diptych_compile": "yes"}
+    options["diptych_batch"] = 0
     host = make_host(options=options).start()
     assert "Diptych RealESRGAN_x4plus" in host.names()
     assert caplog.text.count("the setting prefix is 3") == 1
@@ -121,6 +122,7 @@ def test_without_a_page_the_settings_have_their_defaults(make_host: Any) -> None
 def test_the_settings_are_a_section_of_their_own(make_host: Any) -> None:
     labels = make_host().start().shared.opts.data_labels
     ours = {key: info for key, info in labels.items() if key.startswith("diptych_")}
-    assert set(ours) >= {"diptych_tile", "diptych_precision", "diptych_border", "diptych_compile", "diptych_folder"}
+    names = ("tile", "batch", "precision", "border", "compile", "folder", "prefix")
+    assert list(ours) == [f"diptych_{name}" for name in names]
     assert {info.section for info in ours.values()} == {("diptych", "Diptych")}
     assert ours["diptych_folder"].restrict_api  # a request must not point the host at other folders

@@ -83,11 +83,22 @@ def test_extras_gives_what_the_network_gives_on_the_whole_picture(host: Any) -> 
     assert difference(host.extra_single_image(exact, NAME, 4), whole(host, exact)) <= 1
 
 
-@pytest.mark.parametrize("tile", [16, 17, 40])
-def test_results_do_not_depend_on_the_tile_of_the_settings(make_host: Any, tile: int) -> None:
-    host = started(make_host, tile=tile)
+@pytest.mark.parametrize(("tile", "batch"), [(16, 1), (17, 3), (40, 64)])
+def test_results_do_not_depend_on_the_tiles_of_the_settings(make_host: Any, tile: int, batch: int) -> None:
+    host = started(make_host, tile=tile, batch=batch)
     image = picture(64, 48)
     assert difference(host.extra_single_image(image, NAME, 4), whole(host, image)) <= 1
+
+
+def test_networks_are_compiled_where_the_settings_say_so(make_host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    host = started(make_host)
+    host.extra_single_image(picture(8, 8), NAME, 4)
+    assert not compiled
+    host.shared.opts.set("diptych_compile", True)
+    host.extra_single_image(picture(8, 8), NAME, 4)
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("factor", [0.5, 1, 1.5, 3.3, 6])

@@ -1,5 +1,10 @@
 """`Upscaler.upscale`: any kind of picture in, the same kind out, nothing lost on the way."""
 
+import functools
+import os
+import struct
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -171,15 +176,43 @@ def test_orientation_is_applied_once_and_the_callers_image_is_left_alone(repeati
         assert (exif[0x0112], exif[0x010F]) == (1, "Maker")
 
 
-def test_cmyk_is_converted_by_its_profile_and_refused_without_one(repeating):
-    image = Image.new("CMYK", (5, 5), (10, 20, 30, 40))
-    with pytest.raises(
-        ImageError, match="CMYK without a colour profile, so nobody knows its colours: convert it to RGB"
-    ):
-        repeating.upscale(image)
-    image.info["icc_profile"] = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    with pytest.raises(ImageError):  # a profile for RGB says nothing about CMYK
-        repeating.upscale(image)
+def cmyk_profile(lightness):
+    """An ICC profile (version 2) in which cyan is a grey of this lightness, 0 to 255, and other inks are black."""
+    table = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0])  # 4 inks in, Lab out, a grid of 2
+    table += b"".join(struct.pack(">i", 65536 * (i in (0, 4, 8))) for i in range(9))
+    table += bytes(range(256)) * 4
+    table += b"".join(bytes([{0: 255, 8: lightness}.get(inks, 0), 128, 128]) for inks in range(16))
+    table += bytes(range(256)) * 3
+    head = struct.pack(
+        ">I4sI4s4s4s12s4s", 144 + len(table), b"\0" * 4, 0x02400000, b"prtr", b"CMYK", b"Lab ", b"", b"acsp"
+    )
+    head = head.ljust(68, b"\0") + struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+@pytest.mark.parametrize(
+    ("profile", "colour"),
+    [
+        (None, (0, 255, 255)),
+        (cmyk_profile(128), (120, 120, 120)),
+        (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), (0, 255, 255)),  # says nothing of CMYK
+        (b"damaged", (0, 255, 255)),
+    ],
+)
+def test_cmyk_becomes_srgb_by_its_profile_or_as_ink_on_white_paper(repeating, profile, colour):
+    image = Image.new("CMYK", (5, 4), (255, 0, 0, 0))
+    if profile:
+        image.info["icc_profile"] = profile
+    result = repeating.upscale(image)
+    assert (result.mode, result.size) == ("RGB", (20, 16)) and "icc_profile" not in result.info
+    assert np.abs(np.asarray(result).astype(int) - colour).max() <= 5
+
+
+def test_cmyk_files_are_enlarged(repeating, tmp_path):
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "print.jpg", quality=100)
+    repeating.upscale_file(tmp_path / "print.jpg", tmp_path / "large.png")
+    with Image.open(tmp_path / "large.png") as large:
+        assert large.mode == "RGB" and np.abs(np.asarray(large).astype(int) - (0, 255, 255)).max() <= 3
 
 
 @pytest.mark.parametrize(
@@ -227,6 +260,37 @@ def test_bf16_is_chosen_only_where_it_gives_forty_decibels(make_srvgg, monkeypat
         network.module.body[-1].weight[24:] = -network.module.body[-1].weight[:24]
     assert Upscaler(network, device="cpu").dtype is torch.float32
     assert Upscaler(network, device="cpu", dtype="bf16").dtype is torch.bfloat16
+
+
+def test_a_precision_in_which_the_network_gives_nan_is_not_chosen(make_srvgg, monkeypatch):
+    monkeypatch.setattr("diptych.upscalers.runner.pick_dtype", lambda dtype, device: torch.bfloat16)
+    network = make_srvgg()
+    network.module.register_forward_hook(lambda module, x, out: out * (torch.nan if out.dtype != torch.float32 else 1))
+    assert Upscaler(network, device="cpu").dtype is torch.float32
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions are POSIX")
+def test_saved_files_are_readable_for_whom_new_files_are(lively, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        lively.save_pretrained(tmp_path / "network")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "network").iterdir()} == {0o666 & ~umask}
+
+
+def test_a_compiled_network_gives_the_same_and_says_so_where_it_cannot_be_compiled(make_srvgg, monkeypatch):
+    # Without the C++ compiler, which takes half a minute: everything up to it is as always.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    network, picture = make_srvgg(num_conv=0), torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))
+    expected = Upscaler(network, device="cpu", dtype="fp32").upscale(picture)
+    compiled = Upscaler(network, device="cpu", dtype="fp32", compile=True).upscale(picture, tile=16)
+    assert (compiled - expected).abs().max() <= 1e-6
+    torch._dynamo.reset()
+    network.module.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match="torch.compile does not work here, so leave compile out: "):
+        Upscaler(network, device="cpu", dtype="fp32", compile=True)
 
 
 def test_what_is_saved_is_loaded_again_and_gives_the_same(lively, tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ def upscale_tensor(
     multiple: int = 1,
     out_scale: float | None = None,
     tile: int | Literal["auto"] = "auto",
+    batch: int = 1,
     border: Border = "zero",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
@@ -45,7 +46,8 @@ def upscale_tensor(
     source = TensorSource(picture)
     out: torch.Tensor | None = None
     done = 0
-    for strip in upscale_rows(model, source, out_scale, tile=tile, border=border, progress=progress, cancel=cancel):
+    options: dict[str, Any] = {"tile": tile, "batch": batch, "border": border, "progress": progress, "cancel": cancel}
+    for strip in upscale_rows(model, source, out_scale, **options):
         if strip.shape[2] == height:
             return strip
         if out is None:
@@ -62,6 +64,7 @@ def upscale_rows(
     scale: float,
     *,
     tile: int | Literal["auto"] = "auto",
+    batch: int = 1,
     border: Border = "zero",
     progress: Progress | None = None,
     cancel: Cancel | None = None,
@@ -72,6 +75,8 @@ def upscale_rows(
     exactly it. Memory: a row of tiles for every pass, whatever the height. Strips are where the source's rows are.
 
     tile: side of a tile's core in input pixels; "auto" takes what the device likes.
+    batch: tiles that go through the network at once, where they have the same form. More than one pays only for tiles
+        that are too small for a GPU; "auto" tiles are not.
     border: what lies around the picture: "zero" as networks have it, "reflect" mirrors, "wrap" repeats, so that a
         tileable texture stays tileable. For "wrap" the source must be able to go back.
     progress: called as progress(done, total), in pixels that went into the network.
@@ -81,12 +86,14 @@ def upscale_rows(
     check_border(border)
     if tile != "auto" and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):
         raise ValueError(f"tile must be auto or a positive number of pixels, not {tile!r}")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ValueError(f"batch must be a positive number of tiles, not {batch!r}")
     out_height, out_width = output_size(source.height, source.width, scale)
     count = passes_needed(model.scale, scale)
     grown = (source.height * model.scale**count, source.width * model.scale**count)
     resized = grown != (out_height, out_width)
     margins = _margins(model, grown, (out_height, out_width), count, border)
-    meter, tiler = Meter(progress), Tiler(model, tile)
+    meter, tiler = Meter(progress), Tiler(model, tile, batch)
     rows, columns = (0, source.height), (0, source.width)  # where the picture lies in what the stage reads
     for index, margin in enumerate(margins):
         stage = Pass(

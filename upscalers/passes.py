@@ -18,6 +18,7 @@ from diptych.errors import Cancelled, ImageError, OutOfMemory
 from .device import is_out_of_memory, tile_pixels
 from .sources import Source
 from .tiles import Border, Span, auto_tile, fold, span, split
+from .transfers import Fetch, Transfers, all_finite
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ class Meter:
 class Tiler:
     """How much goes into one call of `compute`. What one strip teaches about memory holds for those after it."""
 
-    def __init__(self, model: Model, tile: int | Literal["auto"]) -> None:
-        self._model, self._tile = model, tile
+    def __init__(self, model: Model, tile: int | Literal["auto"], batch: int) -> None:
+        self._model, self._tile, self.batch = model, tile, batch
         self.budget = model.pixels or tile_pixels(model.device)
 
     def cores(self, height: int, width: int, batch: int) -> tuple[int, int]:
@@ -88,7 +89,7 @@ class Tiler:
 
     def shrink(self, failed: _Region) -> None:
         """Takes note that a call of the size of `failed` does not fit."""
-        self._tile, self.budget = "auto", max(failed.pixels_read // 2, 1)
+        self._tile, self.batch, self.budget = "auto", 1, max(failed.pixels_read // 2, 1)
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
         logger.warning("out of memory for a tile of %d pixels: going on with smaller ones", failed.pixels_read)
@@ -96,20 +97,20 @@ class Tiler:
 
 @dataclass(frozen=True)
 class _Region:
-    """What goes into one call of `compute`: a tile of the pictures [first, stop) of a batch."""
+    """What goes into one call of `compute`: tiles of one form, side by side, of pictures [first, stop) of a batch."""
 
     first: int
     stop: int
     rows: Span
-    columns: Span
+    columns: tuple[Span, ...]
 
     @property
     def pixels(self) -> int:
-        return (self.stop - self.first) * self.rows.size * self.columns.size
+        return (self.stop - self.first) * self.rows.size * sum(tile.size for tile in self.columns)
 
     @property
     def pixels_read(self) -> int:
-        return (self.stop - self.first) * self.rows.read_size * self.columns.read_size
+        return (self.stop - self.first) * self.rows.read_size * sum(tile.read_size for tile in self.columns)
 
 
 class Pass:
@@ -128,6 +129,7 @@ class Pass:
     ) -> None:
         self._model, self._source, self._rows, self._columns, self._border = model, source, rows, columns, border
         self._tiler, self._meter, self._cancel = tiler, meter, cancel
+        self._transfers = Transfers(model.device)
         height, width = rows[1] - rows[0], columns[1] - columns[0]
         self.size = (height * model.scale, width * model.scale)
         meter.expect(source.batch * height * width)
@@ -139,14 +141,26 @@ class Pass:
         while top < bottom:
             cores = self._tiler.cores(bottom - self._rows[0], self._columns[1] - self._columns[0], batch)
             rows = self._span_rows(*split(top, bottom, cores[0], multiple)[0])
-            strip = _Strip(self._model, self._read(rows), rows, self._columns, self._source.width, self._border)
-            for start, stop in split(*self._columns, cores[1], multiple):
-                columns = self._span_columns(start, stop)
+            strip = _Strip(
+                self._model, self._transfers, self._read(rows), rows, self._columns, self._source.width, self._border
+            )
+            for columns in self._side_by_side(cores[1]):
                 at_once = max(self._tiler.budget // _Region(0, 1, rows, columns).pixels_read, 1)
                 for first in range(0, batch, at_once):
                     self._compute(strip, _Region(first, min(first + at_once, batch), rows, columns))
             yield strip.finish()
             top = rows.stop
+
+    def _side_by_side(self, tile: int) -> Iterator[tuple[Span, ...]]:
+        """The columns of the tiles of a strip, together what goes into one call: neighbours of the same form."""
+        together: list[Span] = []
+        for start, stop in split(*self._columns, tile, self._model.multiple):
+            columns = self._span_columns(start, stop)
+            if together and (len(together) >= self._tiler.batch or columns.form != together[0].form):
+                yield tuple(together)
+                together = []
+            together.append(columns)
+        yield tuple(together)
 
     def _compute(self, strip: _Strip, region: _Region) -> None:
         """Computes a region, in halves where memory does not suffice for the whole."""
@@ -164,7 +178,7 @@ class Pass:
         if not halves:
             raise OutOfMemory(
                 f"{self._model.device} ran out of memory even for a tile of {region.rows.read_size} x"
-                f" {region.columns.read_size} pixels: close other programs, or use another device"
+                f" {region.columns[0].read_size} pixels: close other programs, or use another device"
             )
         self._tiler.shrink(region)
         for half in halves:
@@ -175,14 +189,17 @@ class Pass:
         if stop - first > 1:
             middle = (first + stop) // 2
             return [replace(region, stop=middle), replace(region, first=middle)]
-        multiple = self._model.multiple
-        if max(rows.size, columns.size) <= max(_SMALLEST, multiple):
+        if len(columns) > 1:
+            middle = len(columns) // 2
+            return [replace(region, columns=columns[:middle]), replace(region, columns=columns[middle:])]
+        tile, multiple = columns[0], self._model.multiple
+        if max(rows.size, tile.size) <= max(_SMALLEST, multiple):
             return []
-        if rows.size > columns.size:
+        if rows.size > tile.size:
             parts = split(rows.start, rows.stop, -(-rows.size // 2) + multiple - 1, multiple)
             return [replace(region, rows=self._span_rows(*part)) for part in parts]
-        parts = split(columns.start, columns.stop, -(-columns.size // 2) + multiple - 1, multiple)
-        return [replace(region, columns=self._span_columns(*part)) for part in parts]
+        parts = split(tile.start, tile.stop, -(-tile.size // 2) + multiple - 1, multiple)
+        return [replace(region, columns=(self._span_columns(*part),)) for part in parts]
 
     def _span_rows(self, start: int, stop: int) -> Span:
         model = self._model
@@ -209,21 +226,27 @@ class _Strip:
     """A row of tiles on its way from the input rows to finished output rows."""
 
     def __init__(
-        self, model: Model, read: torch.Tensor, rows: Span, columns: tuple[int, int], width: int, border: Border
+        self,
+        model: Model,
+        transfers: Transfers,
+        read: torch.Tensor,
+        rows: Span,
+        columns: tuple[int, int],
+        width: int,
+        border: Border,
     ) -> None:
-        self._model, self._read, self._rows, self._columns = model, read, rows, columns
+        self._model, self._transfers, self._read, self._rows, self._columns = model, transfers, read, rows, columns
         self._width, self._border = width, border
         self._out: torch.Tensor | None = None
-        self._waiting: list[tuple[_Region, torch.Tensor, torch.cuda.Event | None]] = []
+        self._waiting: list[tuple[_Region, Fetch]] = []
 
     def compute(self, region: _Region) -> None:
         """Computes `region` and puts it in its place; on a GPU the latter may end while the next one is computed."""
         out = self._run(region)
         if out.device == self._read.device:
-            self._put(region, out)
+            self._put(region, out, bool(all_finite(out)))
             return
-        host, event = _download(out)
-        self._waiting.append((region, host, event))
+        self._waiting.append((region, self._transfers.download(out)))
         if len(self._waiting) > 1:
             self._put_oldest()
 
@@ -234,42 +257,36 @@ class _Strip:
         assert self._out is not None
         return self._out
 
-    def _cut(self, region: _Region) -> torch.Tensor:
-        rows, columns = region.rows, region.columns
-        top = rows.read_start - self._rows.read_start
-        tile = self._read[region.first : region.stop, :, top : top + rows.read_size]
-        if columns.read_start >= 0 and columns.read_stop <= self._width:
-            tile = tile[..., columns.read_start : columns.read_stop]
-        else:
-            positions = range(columns.read_start, columns.read_stop)
-            tile = tile[..., [fold(at, self._width, self._border) for at in positions]]
-        device = self._model.device
-        if device.type == "cuda" and tile.device.type == "cpu":
-            tile = tile.pin_memory()
-        return tile.to(device, non_blocking=True)
-
     def _run(self, region: _Region) -> torch.Tensor:
-        out = self._model.compute(self._cut(region))
-        scale, rows, columns = self._model.scale, region.rows, region.columns
+        """The network's result for the cores of `region`: (tiles * pictures, C', h, w)."""
+        tiles = [self._cut(region, columns) for columns in region.columns]
+        out = self._model.compute(self._transfers.upload(torch.cat(tiles) if len(tiles) > 1 else tiles[0]))
+        scale, rows, columns = self._model.scale, region.rows, region.columns[0]
         made, expected = tuple(out.shape[2:]), (rows.read_size * scale, columns.read_size * scale)
         if made != expected:
             raise ImageError(f"the network made {made} pixels where a scale of {scale} makes {expected}")
-        top, left = (rows.start - rows.read_start) * scale, (columns.start - columns.read_start) * scale
+        top, left = rows.inset * scale, columns.inset * scale
         return out[:, :, top : top + rows.size * scale, left : left + columns.size * scale]
 
+    def _cut(self, region: _Region, columns: Span) -> torch.Tensor:
+        top = region.rows.read_start - self._rows.read_start
+        tile = self._read[region.first : region.stop, :, top : top + region.rows.read_size]
+        if columns.read_start >= 0 and columns.read_stop <= self._width:
+            return tile[..., columns.read_start : columns.read_stop]
+        return tile[..., [fold(at, self._width, self._border) for at in range(columns.read_start, columns.read_stop)]]
+
     def _put_oldest(self) -> None:
-        region, host, event = self._waiting[0]
-        if event is not None:
-            event.synchronize()
-        self._put(region, host)
+        region, fetch = self._waiting[0]
+        self._put(region, *fetch())
         del self._waiting[0]
 
-    def _put(self, region: _Region, out: torch.Tensor) -> None:
-        while not bool(torch.isfinite(out.sum(dtype=torch.float32))):
+    def _put(self, region: _Region, out: torch.Tensor, finite: bool) -> None:
+        while not finite:
             if self._model.on_overflow is None or not self._model.on_overflow():
                 raise ImageError("the network gave NaN or infinity for a part of the picture")
             out = self._run(region)
-        scale, left = self._model.scale, self._columns[0]
+            finite = bool(all_finite(out))
+        scale, rows, left = self._model.scale, region.rows, self._columns[0]
         if self._out is None:
             size = (self._rows.size * scale, (self._columns[1] - left) * scale)
             self._out = torch.empty(
@@ -277,24 +294,11 @@ class _Strip:
                 device=self._read.device,
                 memory_format=torch.channels_last,
             )
-        place = self._out[
-            region.first : region.stop,
-            :,
-            (region.rows.start - self._rows.start) * scale : (region.rows.stop - self._rows.start) * scale,
-            (region.columns.start - left) * scale : (region.columns.stop - left) * scale,
-        ]
-        place.copy_(out).clamp_(0, 1)
-
-
-def _download(out: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Begins to copy `out` to the host, on a stream of its own so that the next tile need not wait for it."""
-    if out.device.type != "cuda":
-        return out.cpu(), None
-    host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
-    stream, event = torch.cuda.Stream(out.device), torch.cuda.Event()
-    stream.wait_stream(torch.cuda.current_stream(out.device))
-    with torch.cuda.stream(stream):
-        host.copy_(out, non_blocking=True)
-        event.record(stream)
-    out.record_stream(stream)
-    return host, event
+        for tile, columns in zip(out.chunk(len(region.columns)), region.columns, strict=True):
+            place = self._out[
+                region.first : region.stop,
+                :,
+                (rows.start - self._rows.start) * scale : (rows.stop - self._rows.start) * scale,
+                (columns.start - left) * scale : (columns.stop - left) * scale,
+            ]
+            place.copy_(tile).clamp_(0, 1)

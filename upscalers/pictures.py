@@ -66,7 +66,7 @@ def library(name: str, package: str, purpose: str) -> Any:
 def pil_to_array(image: Image.Image) -> np.ndarray:
     """(H, W, C) of uint8, uint16 or float32, upright: an EXIF orientation is applied.
 
-    "1" becomes grey, a palette RGB or RGBA, "F" must lie in 0..1. CMYK is converted to sRGB by its embedded profile.
+    "1" becomes grey, a palette RGB or RGBA, "F" must lie in 0..1. CMYK is converted to sRGB.
     Raises ImageError for what has no such form, and for a picture that cannot be decoded.
     """
     if 0 in image.size:
@@ -266,16 +266,18 @@ def _check_range(low: float, high: float) -> None:
 
 
 def _from_cmyk(image: Image.Image) -> Image.Image:
+    """To sRGB, by the picture's profile; without one, or with one that cannot be used, as ink on white paper."""
     profile = image.info.get("icc_profile")
-    if not profile:
-        raise ImageError(
-            "the picture is CMYK without a colour profile, so nobody knows its colours: convert it to RGB first"
-        )
-    from PIL import ImageCms
+    if profile:
+        from PIL import ImageCms
 
-    converted = ImageCms.profileToProfile(
-        image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
-    if converted is None:
-        raise ImageError("the colour profile of the CMYK picture cannot be used: convert it to RGB first")
-    return converted
+        try:
+            converted = ImageCms.profileToProfile(
+                image, ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+        except (ImageCms.PyCMSError, OSError) as error:
+            logger.warning("the colour profile of a CMYK picture cannot be used (%s): its colours are a guess", error)
+        else:
+            if converted is not None:
+                return converted
+    return image.convert("RGB")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,22 +37,30 @@ def halo_of(network: Network) -> int:
 class Runner:
     """Computes tiles with a network: (N, in_channels, h, w) float32 in 0..1 -> (N, out_channels, ...), any float.
 
-    `dtype` "auto" (or None) chooses what is fast on `device`; bf16 on a cpu only if it gives this network's result
-    to 40 dB. `dtype` and `device` of the runner say what was chosen.
+    `dtype` "auto" (or None) chooses what is fast on `device`; half precision only if it gives this network's result to
+    40 dB. `dtype` and `device` of the runner say what was chosen. `compile`: with torch.compile, which needs a C++
+    compiler (on a GPU Triton) and half a minute or more; ValueError where that fails.
     """
 
     def __init__(
-        self, network: Network, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        network: Network,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
-        self._network = network
+        self._network, self._compile = network, False
         self.device = pick_device(device)
         self.dtype = pick_dtype(dtype, self.device)
         self._module = self._made(self.dtype)
-        if dtype in (None, "auto") and self.dtype is torch.bfloat16:
+        if dtype in (None, "auto") and self.dtype is not torch.float32:
             psnr = self._psnr()
             if psnr < _LEAST_PSNR:
-                logger.info("bf16 gives only %.1f dB with this %s: using fp32", psnr, network.architecture)
+                logger.info("%s gives only %.1f dB with this %s: using fp32", self.dtype, psnr, network.architecture)
                 self.widen()
+        if compile:
+            self._compile, self._module = True, _compiled(self._module)
+            self._check_compiled()
 
     def __call__(self, tile: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
@@ -64,6 +73,8 @@ class Runner:
         logger.info("%s does not do for this %s: going on in fp32", self.dtype, self._network.architecture)
         self.dtype = torch.float32
         self._module = self._made(torch.float32)
+        if self._compile:
+            self._module = _compiled(self._module)
         return True
 
     def tile_pixels(self) -> int:
@@ -80,10 +91,27 @@ class Runner:
 
     def _psnr(self) -> float:
         """Of a small probe in the chosen precision against fp32, in dB, both clamped to 0..1."""
-        probe = _probe(self._network.in_channels).to(self.device)
+        probe = self._probe()
         exact = self._made(torch.float32)(probe.contiguous(memory_format=torch.channels_last)).clamp(0, 1)
         error = (self(probe).float().clamp(0, 1) - exact).square().mean().item()
-        return -10 * math.log10(error) if error > 0 else math.inf
+        if not math.isfinite(error):
+            return -math.inf
+        return -10 * math.log10(error) if error else math.inf
+
+    def _check_compiled(self) -> None:
+        try:
+            self(self._probe())
+        except Exception as error:  # whatever a compiler of a compiler raises
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise ValueError(f"torch.compile does not work here, so leave compile out: {reason}") from error
+
+    def _probe(self) -> torch.Tensor:
+        return _probe(self._network.in_channels).to(self.device)
+
+
+def _compiled(module: nn.Module) -> Any:
+    """For sizes of any kind from the start: tiles at the edges of a picture have others than those inside."""
+    return torch.compile(module, dynamic=True)
 
 
 def _probe(channels: int) -> torch.Tensor:

@@ -40,6 +40,16 @@ class Span:
         """Pixels read."""
         return self.read_stop - self.read_start
 
+    @property
+    def inset(self) -> int:
+        """Pixels read before the core."""
+        return self.start - self.read_start
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """What two tiles must have in common to go through the network together."""
+        return self.read_size, self.inset, self.size
+
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is not below `value` (also for negative values)."""

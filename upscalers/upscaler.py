@@ -44,10 +44,17 @@ class Upscaler:
     network: what `load_network_file` gives.
     device: "auto" (None), "cpu", "cuda", "cuda:N", "mps".
     dtype: "auto" (None), "fp32", "fp16", "bf16". The attribute `dtype` says what "auto" has chosen.
+    compile: run it with torch.compile: half a minute or more at first, then somewhat faster; ValueError where that
+        does not work.
     """
 
     def __init__(
-        self, network: Network, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        self,
+        network: Network,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        compile: bool = False,
     ) -> None:
         if network.in_channels != network.out_channels or network.in_channels not in (1, 3):
             raise UnknownArchitecture(
@@ -57,7 +64,7 @@ class Upscaler:
         self.network = network
         self.scale = network.scale
         """Output pixels per input pixel along one side, when `upscale` is not told otherwise."""
-        self._runner = Runner(network, device, dtype)
+        self._runner = Runner(network, device, dtype, compile)
         self._model = Model(
             compute=for_any_channels(self._runner, network.in_channels),
             scale=network.scale,
@@ -76,6 +83,7 @@ class Upscaler:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         denoise: float | None = None,
+        compile: bool = False,
     ) -> Upscaler:
         """Loads a network: an official name (`diptych models list`), a file of weights, or a folder that
         `save_pretrained` or a pipeline wrote; None is the one of the embedded model. An official network is
@@ -88,10 +96,10 @@ class Upscaler:
         if path.is_dir():
             if denoise is not None:
                 raise ValueError("denoise blends two official networks: it does not apply to a folder")
-            return cls(_load_folder(path), device=device, dtype=dtype)
-        if denoise is not None:
-            return cls(_load_blend(name_or_path, path, denoise), device=device, dtype=dtype)
-        return cls(load_network_file(path), device=device, dtype=dtype)
+            network = _load_folder(path)
+        else:
+            network = load_network_file(path) if denoise is None else _load_blend(name_or_path, path, denoise)
+        return cls(network, device=device, dtype=dtype, compile=compile)
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +131,7 @@ class Upscaler:
         scale: float | None = None,
         *,
         tile: int | Literal["auto"] = "auto",
+        batch: int = 1,
         border: Border = "zero",
         progress: Progress | None = None,
         cancel: Cancel | None = None,
@@ -132,10 +141,10 @@ class Upscaler:
         picture: a PIL image of any mode; a numpy array (H, W), (H, W, C) or (N, H, W, C) of uint8, uint16 or floats in
             0..1; a tensor (C, H, W) or (N, C, H, W) of floats in 0..1 or uint8, on any device; or a list of these.
             C is 1, 3 or 4: grey, RGB, RGB and alpha. A palette or 1-bit image becomes RGB, RGBA or L.
-        tile, border, progress, cancel: see `engine.upscale_rows`.
+        tile, batch, border, progress, cancel: see `engine.upscale_rows`.
         Raises ImageError for what is no picture, is empty, or holds NaN; Cancelled, OutOfMemory, ValueError.
         """
-        options = _Options(self.scale if scale is None else scale, tile, border, progress, cancel)
+        options = _Options(self.scale if scale is None else scale, tile, batch, border, progress, cancel)
         try:
             if isinstance(picture, (list, tuple)):
                 return [self._one(each, options.part(index, len(picture))) for index, each in enumerate(picture)]
@@ -152,6 +161,7 @@ class Upscaler:
         scale: float | None = None,
         *,
         tile: int | Literal["auto"] = "auto",
+        batch: int = 1,
         border: Border = "zero",
         progress: Progress | None = None,
         cancel: Cancel | None = None,
@@ -168,7 +178,7 @@ class Upscaler:
         Cancelled, OutOfMemory, ValueError. `dst` is replaced when all went well and not touched otherwise.
         """
         src, dst = Path(src), Path(dst)
-        options = _Options(self.scale if scale is None else scale, tile, border, progress, cancel)
+        options = _Options(self.scale if scale is None else scale, tile, batch, border, progress, cancel)
         try:
             with open_picture(src, any_order=border == "wrap") as picture:
                 if dst.exists() and os.path.samefile(src, dst):
@@ -236,6 +246,7 @@ class Upscaler:
             source,
             options.scale,
             tile=options.tile,
+            batch=options.batch,
             border=options.border,
             progress=options.progress,
             cancel=options.cancel,
@@ -248,6 +259,7 @@ class _Options:
 
     scale: float
     tile: int | Literal["auto"]
+    batch: int
     border: Border
     progress: Progress | None
     cancel: Cancel | None

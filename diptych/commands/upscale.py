@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upscaler", metavar="NAME|FILE", help="see `diptych models` (default: the embedded one)")
     parser.add_argument("--tile", default="auto", metavar="auto|N", help="side of the tiles in pixels (default: auto)")
     parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="tiles at once; pays for small tiles on a GPU (default: 1)"
+    )
+    parser.add_argument(
         "--border",
         default="zero",
         choices=("zero", "reflect", "wrap"),
@@ -46,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=tuple(_FORMATS), help="of the results (default: as the picture)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--dtype", default="auto", help="auto, fp32, fp16 or bf16 (default: auto)")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: slow to start, then faster; needs a C++ compiler"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON for each picture on stdout")
 
 
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     )  # what it murmurs over damaged files becomes an error or is harmless
     upscaler, screen = _load(args)
     scale = upscaler.scale if args.scale is None else args.scale
-    options = {"scale": scale, "tile": tile, "border": args.border}
+    options = {"scale": scale, "tile": tile, "batch": args.batch, "border": args.border}
     failed = False
     for job in _jobs(args, scale):
         record = _run_job(job, upscaler, options, screen)
@@ -90,7 +96,9 @@ def _load(args: argparse.Namespace) -> tuple[Upscaler, _Screen]:
     screen = _Screen()
     path = args.upscaler and resolve(args.upscaler, progress=screen.meter(f"fetching {args.upscaler}", "MB"))
     screen.clear()
-    upscaler = Upscaler.from_pretrained(path, device=args.device, dtype=args.dtype, denoise=args.denoise)
+    upscaler = Upscaler.from_pretrained(
+        path, device=args.device, dtype=args.dtype, denoise=args.denoise, compile=args.compile
+    )
     return upscaler, screen
 
 

@@ -26,6 +26,8 @@ class Settings:
 
     tile: int = 0
     """Side of a tile in pixels of the input; 0: what suits the device and its memory."""
+    batch: int = 1
+    """Tiles that go through the network at once."""
     precision: str = "auto"
     border: str = "zero"
     compile: bool = False
@@ -42,6 +44,7 @@ class Settings:
 _told: set[tuple[str, str]] = set()  # settings are read often, and saying it once is enough
 _ALLOWED = {
     "tile": lambda value: value == 0 or 16 <= value <= 16384,
+    "batch": lambda value: 1 <= value <= 64,
     "precision": PRECISIONS.__contains__,
     "border": BORDERS.__contains__,
 }
@@ -78,6 +81,9 @@ def add_to_page() -> None:
     add("tile", "Tile side", gr.Number, {"precision": 0}).info(
         "in pixels of the input, at least 16; 0: what suits the device and its memory. Results do not depend on it"
     )
+    add("batch", "Tiles at once", gr.Slider, {"minimum": 1, "maximum": 64, "step": 1}).info(
+        "more than 1 is faster with small tiles on a GPU, and takes as much more of its memory"
+    )
     add("precision", "Precision", gr.Radio, {"choices": list(PRECISIONS)}).info(
         "auto: half precision where the device is fast and safe in it; --no-half is obeyed on GPUs"
     )
@@ -85,7 +91,7 @@ def add_to_page() -> None:
         "zero: as the network was trained; reflect: mirrored, no dark or bright edges; wrap: for tileable textures"
     )
     add("compile", "Compile networks", gr.Checkbox).info(
-        "torch.compile: the first picture takes a minute longer, those after it less; needs a C++ compiler"
+        "torch.compile: a network takes a minute longer to load, then pictures take less; needs a C++ compiler"
     )
     add("folder", "Folder of networks and downloads", gr.Textbox, restrict_api=True).info(
         "empty: models/Diptych"

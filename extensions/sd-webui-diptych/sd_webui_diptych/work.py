@@ -9,12 +9,10 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from modules import devices, shared
 from PIL import Image
 
@@ -81,7 +79,11 @@ def upscale(
     pixels = np.asarray(image)  # without the metadata, by which the engine might turn the picture
     with _progress(f"{entry.name} {image.width}x{image.height} x{scale:g}") as progress, devices.without_autocast():
         network = _network(entry, denoise, now, progress)
-        options: dict[str, Any] = {"tile": now.tile or "auto", "border": border or now.border}
+        options: dict[str, Any] = {
+            "tile": now.tile or "auto",
+            "batch": now.batch,
+            "border": border or now.border,
+        }
         return Image.fromarray(network.upscale(pixels, scale, progress=progress, cancel=_Interrupt(), **options))
 
 
@@ -122,12 +124,9 @@ def _network(entry: Entry, denoise: float | None, now: settings.Settings, progre
     if key not in _loaded:
         while len(_loaded) >= _KEPT:
             _loaded.popitem(last=False)
-        kind = {"device": devices.device_esrgan, "dtype": _precision(now)}
-        upscaler = Upscaler.from_pretrained(file, denoise=denoise, **kind)
-        if now.compile:
-            module: Any = torch.compile(upscaler.network.module, dynamic=True)
-            upscaler = Upscaler(replace(upscaler.network, module=module), **kind)
-        _loaded[key] = upscaler
+        _loaded[key] = Upscaler.from_pretrained(
+            file, denoise=denoise, device=devices.device_esrgan, dtype=_precision(now), compile=now.compile
+        )
     _loaded.move_to_end(key)
     return _loaded[key]
 
