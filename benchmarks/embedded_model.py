@@ -23,7 +23,7 @@ from PIL import Image
 from skimage.color import rgb2lab
 
 from diptych import metrics
-from diptych.data import glyphs, matching
+from diptych.data import glyphs, matching, photos
 from diptych.data.glyphs import COLOURS, Composition
 from diptych.data.sources import GlyphSource
 from diptych.pipelines import DiptychPipeline
@@ -109,18 +109,31 @@ def vae_psnr(vae: torch.nn.Module, compositions: Sequence[Composition], side: in
     return statistics.fmean(values)
 
 
-def gain_over_lanczos(upscaler: Upscaler, large: torch.Tensor, seed: int) -> tuple[float, float]:
-    """Mean PSNR of the upscaler and of Lanczos on degraded pictures; large: (N, 3, H, W) in 0..1."""
+def restored(upscaler: Upscaler, large: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures (N, 3, H, W) in 0..1 degraded, then enlarged by the upscaler and by Lanczos."""
     small = degrade(large, torch.Generator().manual_seed(seed), upscaler.scale)
     ours, lanczos = [], []
-    for picture, true in zip(small, large, strict=True):
-        levels = (picture * 255).round().byte().permute(1, 2, 0).numpy()
-        plain = Image.fromarray(levels).resize((true.shape[2], true.shape[1]), Image.Resampling.LANCZOS)
-        made = upscaler.upscale(Image.fromarray(levels))
-        for image, values in ((made, ours), (plain, lanczos)):
-            tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
-            values.append(metrics.psnr(tensor[None], true[None]).item())
-    return statistics.fmean(ours), statistics.fmean(lanczos)
+    for picture in small:
+        image = Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy())
+        ours.append(as_picture(upscaler.upscale(image)))
+        lanczos.append(as_picture(image.resize((large.shape[3], large.shape[2]), Image.Resampling.LANCZOS)))
+    return torch.stack(ours), torch.stack(lanczos)
+
+
+def as_picture(image: Image.Image | np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+def gain(ours: torch.Tensor, lanczos: torch.Tensor, true: torch.Tensor) -> float:
+    """Mean PSNR of `ours` less that of `lanczos`, dB."""
+    return float((metrics.psnr(ours, true) - metrics.psnr(lanczos, true)).mean())
+
+
+def crops(folder: str, rng: np.random.Generator, count: int, held_out: bool) -> torch.Tensor:
+    """Crops of 256 pixels of the photographs that training saw, or of those it did not: (count, 3, 256, 256)."""
+    paths = [path for photo, path in photos.find_photos(folder).items() if photo.held_out == held_out]
+    source = photos.CropSource(photos.large_enough(paths, 256), longest=1440)
+    return torch.from_numpy(source.batch(rng, count, 256)).permute(0, 3, 1, 2).float() / 255
 
 
 def finish(upscaler: Upscaler, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -183,26 +196,32 @@ def main() -> None:
     row("gradient energy of the finished picture against the true composite", lambda: sharpness(finished, single))
     row("  the same of true composites blurred to half resolution", lambda: sharpness(blurred, single))
     row("background, median dE76", lambda: colour_difference(made, single), "{:.1f}")
-    large = torch.from_numpy(np.stack([glyphs.render(c, 256) for c in mixed[:48]])).permute(0, 3, 1, 2).float() / 255
-    ours, lanczos = gain_over_lanczos(upscaler, large, SEED)
-    row("upscaler on unseen degraded glyphs, PSNR against Lanczos, dB", lambda: ours - lanczos, "{:+.2f}")
+    large = torch.stack([as_picture(glyphs.render(composition, 256)) for composition in mixed[:48]])
+    ours, lanczos = restored(upscaler, large, SEED)
+    row("upscaler on unseen degraded glyphs, PSNR against Lanczos, dB", lambda: gain(ours, lanczos, large), "{:+.2f}")
     if args.photos:
-        from diptych.data import photos
-
-        paths = [path for photo, path in photos.find_photos(args.photos).items() if photo.held_out]
-        crops = photos.CropSource(photos.large_enough(paths, 256), longest=1440).batch(rng, 48, 256)
-        ours_p, lanczos_p = gain_over_lanczos(
-            upscaler, torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 255, SEED + 1
+        seen, unseen = (crops(args.photos, rng, count, held_out) for count, held_out in ((200, False), (48, True)))
+        ours_p, lanczos_p = restored(upscaler, unseen, SEED + 1)
+        row("the same on photographs, dB", lambda: gain(ours_p, lanczos_p, unseen), "{:+.2f}")
+        niqe = metrics.Naturalness(seen)
+        row(
+            "  NIQE (natural: the photographs of the training set) against Lanczos",
+            lambda: niqe.distance(ours_p) - niqe.distance(lanczos_p),
+            "{:+.2f}",
         )
-        row("upscaler on unseen degraded photographs, PSNR against Lanczos, dB", lambda: ours_p - lanczos_p, "{:+.2f}")
+        row(
+            "  NIQE of the photographs themselves against Lanczos",
+            lambda: niqe.distance(unseen) - niqe.distance(lanczos_p),
+            "{:+.2f}",
+        )
     row("final picture, px", lambda: side * upscaler.scale, "{:.0f}")
     row("25-step picture, warm, seconds", lambda: warm_seconds(pipeline, args.guidance))
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
-        cells = [torch.from_numpy(np.asarray(picture)).permute(2, 0, 1) / 255 for picture in finished[:64]]
+        cells = [as_picture(picture) for picture in finished[:64]]
         rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
-        sheet(rows).save(args.sheet)
+        sheet(rows, [composition.caption for composition in single]).save(args.sheet)
 
 
 if __name__ == "__main__":

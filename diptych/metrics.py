@@ -51,3 +51,79 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+class Naturalness:
+    """NIQE (Mittal et al. 2013, "Making a completely blind image quality analyzer"): how far patches are from natural.
+
+    36 statistics of contrast-normalised luma at two scales, patches of 96 and 48 pixels; the distance between the
+    Gaussians fitted to those of the pictures and of natural ones. Lower is more natural. Here the natural ones are
+    `pictures` (N, 3, H, W) in 0..1, at least 96 pixels a side: scores compare with each other, not with published ones.
+    """
+
+    def __init__(self, pictures: Tensor) -> None:
+        features, sharpness = _natural_statistics(pictures)
+        self._mean, self._cov = _gaussian(features[sharpness > 0.75 * sharpness.max()])
+
+    def distance(self, pictures: Tensor) -> float:
+        """The score of all patches of `pictures` (N, 3, H, W) in 0..1 together."""
+        mean, cov = _gaussian(_natural_statistics(pictures)[0])
+        inverse = torch.linalg.pinv((cov + self._cov) / 2)
+        difference = mean - self._mean
+        return float((difference @ inverse @ difference).sqrt())
+
+
+def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mean(0), torch.cov(features.T)
+
+
+def _natural_statistics(pictures: Tensor, patch: int = 96) -> tuple[Tensor, Tensor]:
+    """Statistics (P, 36) and mean local deviation (P,) of all whole patches."""
+    luma = 255 * (pictures.double() * pictures.new_tensor([0.299, 0.587, 0.114]).double()[:, None, None]).sum(1, True)
+    rows, columns = luma.shape[2] // patch, luma.shape[3] // patch
+    luma = luma[:, :, : rows * patch, : columns * patch]
+    ramp = torch.arange(7, dtype=torch.float64, device=luma.device) - 3
+    line = torch.exp(-(ramp**2) / (2 * (7 / 6) ** 2))
+    window = (line[:, None] * line[None] / line.sum() ** 2)[None, None]
+
+    def blur(x: Tensor) -> Tensor:
+        return functional.conv2d(functional.pad(x, (3, 3, 3, 3), mode="replicate"), window)
+
+    found, sharpness = [], None
+    for side in (patch, patch // 2):
+        mean = blur(luma)
+        deviation = (blur(luma * luma) - mean * mean).clamp_min(0).sqrt()
+        normalised = (luma - mean) / (deviation + 1)
+        parts = [normalised] + [normalised * normalised.roll(s, (2, 3)) for s in ((0, 1), (1, 0), (1, 1), (1, -1))]
+        for index, values in enumerate(parts):
+            patches = functional.unfold(values, side, stride=side).transpose(1, 2).flatten(0, 1)
+            shape, left, right = generalised_gaussian(patches)
+            if index == 0:
+                found += [shape, (left + right) / 2]
+            else:
+                skew = (right - left) * torch.exp(torch.lgamma(2 / shape) - torch.lgamma(1 / shape))
+                found += [shape, skew, left, right]
+        if sharpness is None:
+            sharpness = functional.avg_pool2d(deviation, side).flatten()
+            luma = functional.interpolate(luma, scale_factor=0.5, mode="bicubic", antialias=True)
+    assert sharpness is not None
+    return torch.stack(found, 1), sharpness
+
+
+def generalised_gaussian(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Shape and both scales (P,) of the asymmetric generalised Gaussian that has the moments of `values` (P, n)."""
+    shapes = torch.arange(0.2, 10.001, 0.001, dtype=torch.float64, device=values.device)
+    gamma = torch.lgamma
+    ratios = torch.exp(2 * gamma(2 / shapes) - gamma(1 / shapes) - gamma(3 / shapes))
+    squares = values.square()
+
+    def side(chosen: Tensor) -> Tensor:
+        return ((squares * chosen).sum(1) / chosen.sum(1).clamp_min(1)).sqrt()
+
+    left, right = side(values < 0), side(values > 0)
+    skew = left / right.clamp_min(1e-12)
+    ratio = values.abs().mean(1).square() / squares.mean(1).clamp_min(1e-12)
+    ratio = ratio * (skew**3 + 1) * (skew + 1) / (skew**2 + 1) ** 2
+    shape = shapes[torch.searchsorted(ratios, ratio).clamp_max(len(shapes) - 1)]
+    scale = torch.exp((gamma(1 / shape) - gamma(3 / shape)) / 2)
+    return shape, left * scale, right * scale

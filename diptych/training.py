@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import shutil
+import textwrap
 import tomllib
 import types
 import typing
@@ -29,7 +30,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from diptych.errors import CheckpointError
 
@@ -122,6 +123,8 @@ class Run:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
 
+        from diptych.upscalers.device import pick_device
+
         self.config: RunConfig = config.run
         self.folder = Path(self.config.folder)
         self.state_file = self.folder / "state.safetensors"
@@ -140,7 +143,8 @@ class Run:
             self._check_identity()
         self.resume = resume
         AcceleratorState._reset_state()  # else the first run of a process fixes the precision of all later ones
-        self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision)
+        # Told that there is no accelerator: else several processes of torchrun on CPUs would not know of each other.
+        self.accelerator = Accelerator(mixed_precision=self.config.mixed_precision, cpu=pick_device().type == "cpu")
         self.device = self.accelerator.device
         self.is_main: bool = self.accelerator.is_main_process
         self.start = 0
@@ -228,7 +232,7 @@ class Run:
             self._write_row({"step": step + 1} | {n: f"{m:.6g}" for n, m in zip(names, means.tolist(), strict=True)})
 
     def sheet(self, step: int, rows: Sequence[Sequence[torch.Tensor]], captions: Sequence[str] = ()) -> None:
-        """Writes samples/STEP.png: `rows` of pictures (3, H, W) in 0..1, each row with its caption above."""
+        """Writes samples/STEP.png, a `sheet` of pictures (3, H, W) in 0..1."""
         if self.is_main:
             sheet(rows, captions).save(self.folder / "samples" / f"{step + 1:07d}.png")
 
@@ -363,17 +367,28 @@ def ema_of(model: torch.nn.Module, decay: float) -> torch.optim.swa_utils.Averag
 
 
 def sheet(rows: Sequence[Sequence[torch.Tensor]], captions: Sequence[str] = ()) -> Image.Image:
-    """Pictures (3, H, W) in 0..1 laid out in rows of equal cells (the largest picture's size), captions above them."""
+    """Pictures (3, H, W) in 0..1 in rows of equal cells (the largest picture's size), white between them.
+
+    captions: one for each picture in reading order, wrapped below it. Pictures of less than 128 pixels are enlarged by
+    a whole number, so that a person sees something.
+    """
     height = max(picture.shape[-2] for row in rows for picture in row)
     width = max(picture.shape[-1] for row in rows for picture in row)
-    label = 14 if captions else 0
-    page = Image.new("RGB", (max(map(len, rows)) * (width + 4), len(rows) * (height + label + 4)), "white")
+    zoom = max(1, 128 // max(width, height))
+    font = ImageFont.load_default()
+    labels = [textwrap.wrap(caption, width * zoom // 6) for caption in captions]
+    line = 12
+    label = line * max(map(len, labels), default=0)
+    across, down = width * zoom + 6, height * zoom + label + 6
+    page = Image.new("RGB", (max(map(len, rows)) * across, len(rows) * down), "white")
     draw = ImageDraw.Draw(page)
+    texts = iter(labels)
     for i, row in enumerate(rows):
-        top = i * (height + label + 4)
-        if i < len(captions):
-            draw.text((2, top), captions[i], fill="black")
         for j, picture in enumerate(row):
+            left, top = j * across + 3, i * down + 3
             levels = (picture.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-            page.paste(Image.fromarray(levels), (j * (width + 4), top + label))
+            image = Image.fromarray(levels)
+            page.paste(image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST), (left, top))
+            for k, text in enumerate(next(texts, ())):
+                draw.text((left, top + height * zoom + k * line), text, fill="black", font=font)
     return page

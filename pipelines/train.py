@@ -144,7 +144,7 @@ def train(config_file: str, resume: bool = False) -> Path:
 
         if run.due(step, config.run.sample_every) and run.is_main:
             pictures = _sample(_pipeline(vae, tokenizer, average.module, scheduler), samples, config)
-            run.sheet(step, [[picture] for picture in pictures], samples)
+            run.sheet(step, [list(row) for row in pictures.split(4)], samples)
 
     if run.is_main:
         _save(run.folder / "model", _pipeline(vae, tokenizer, average.module, scheduler), source)
@@ -192,6 +192,8 @@ def _build(config: Config, vae: Any, vocabulary: int) -> Denoiser:
         cross_attention_dim=model.text_width,
         attention_head_dim=model.heads,
         norm_num_groups=model.norm_groups,
+        addition_embed_type="text",  # the caption, pooled, joins the timestep: words find their pictures sooner
+        addition_embed_type_num_heads=model.heads,
     )
     return Denoiser(text_encoder, unet)
 

@@ -191,7 +191,7 @@ def test_a_run_leaves_its_configuration_metrics_and_sheets(trained_vae: Path) ->
     assert float(rows[-1]["psnr"]) > 0
     for sheet in (folder / "samples").iterdir():
         with Image.open(sheet) as image:
-            assert image.size == (72, 144)  # 4 pictures of 32 px, true and rebuilt, with gaps of 4
+            assert image.size == (2 * 134, 4 * 134)  # 4 pictures of 32 px, true and rebuilt, enlarged to 128, in cells
 
 
 def test_a_frozen_encoder_keeps_its_latents(trained_vae: Path, pictures: Path, tmp_path: Path) -> None:

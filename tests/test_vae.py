@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from scipy.stats import gennorm
+from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
@@ -93,3 +95,31 @@ def test_random_features_are_the_same_every_time_and_tell_blur_from_sharp() -> N
         metrics.frechet_distance(metrics.random_features(sharp), metrics.random_features(x)) for x in (again, blurred)
     )
     assert near < far / 2
+
+
+def test_naturalness_puts_photographs_before_blurred_and_noisy_ones() -> None:
+    def crops(left: bool) -> torch.Tensor:
+        """A column of 192 pixels at the left or at the right of each photograph."""
+        found = []
+        for photograph in (data.astronaut(), data.coffee(), data.cat()):
+            picture = torch.from_numpy(photograph).permute(2, 0, 1).float() / 255
+            column = picture[..., :192] if left else picture[..., -192:]
+            found += [column[:, :192], column[:, -192:]]
+        return torch.stack(found)
+
+    niqe, unseen = metrics.Naturalness(crops(left=True)), crops(left=False)
+    small = nn.functional.interpolate(unseen, scale_factor=0.25, mode="area")
+    blurred = nn.functional.interpolate(small, size=192, mode="bicubic").clamp(0, 1)
+    noisy = (unseen + 0.1 * torch.randn(unseen.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    natural = niqe.distance(unseen)
+    assert natural < niqe.distance(blurred)
+    assert natural < niqe.distance(noisy)
+
+
+@pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
+def test_the_fit_behind_naturalness_finds_the_shape_of_a_distribution(shape: float) -> None:
+    drawn = gennorm.rvs(shape, scale=1.7, size=(1, 40_000), random_state=1)
+    found, left, right = metrics.generalised_gaussian(torch.from_numpy(drawn))
+    assert found.item() == pytest.approx(shape, rel=0.05)
+    assert left.item() == pytest.approx(1.7, rel=0.05)
+    assert right.item() == pytest.approx(1.7, rel=0.05)
