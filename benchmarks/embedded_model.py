@@ -19,8 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from skimage.color import rgb2lab
+from torch.nn import functional
 
 from diptych import metrics
 from diptych.data import glyphs, matching, photos
@@ -136,6 +137,19 @@ def crops(folder: str, rng: np.random.Generator, count: int, held_out: bool) -> 
     return torch.from_numpy(source.batch(rng, count, 256)).permute(0, 3, 1, 2).float() / 255
 
 
+def comparison(upscaler: Upscaler) -> Image.Image:
+    """Two unseen photographs: degraded, enlarged by Lanczos, by the upscaler, and as they were."""
+    rows = []
+    for photo in photos.PHOTOS:
+        path = photos.locate(photo) if photo.package == photos.SKIMAGE and photo.held_out else None
+        if path is not None:
+            true = as_picture(ImageOps.fit(Image.open(path), (256, 256)))[None]
+            ours, lanczos = restored(upscaler, true, SEED)
+            small = degrade(true, torch.Generator().manual_seed(SEED), upscaler.scale)
+            rows.append([functional.interpolate(small, size=256)[0], lanczos[0], ours[0], true[0]])
+    return sheet(rows, ["degraded", "Lanczos", "diptych", "true"] * len(rows))
+
+
 def finish(upscaler: Upscaler, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(upscaler.upscale(Image.fromarray(picture))) for picture in pictures]
 
@@ -159,12 +173,16 @@ def main() -> None:
     parser.add_argument("--photos", help="folder of the held-out photographs")
     parser.add_argument("--json", help="write the figures here")
     parser.add_argument("--sheet", help="write the first 64 finished pictures here; none is picked")
+    parser.add_argument("--compare", help="write two photographs before and after the upscaler here, and stop")
     args = parser.parse_args()
 
+    upscaler = Upscaler.from_pretrained(Path(args.model) / "upscaler", dtype="fp32")
+    if args.compare:
+        comparison(upscaler).save(args.compare)
+        return
     pipeline = DiptychPipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
     subjects = json.loads((Path(args.model) / "words.json").read_text())["subjects"]
-    upscaler = Upscaler.from_pretrained(Path(args.model) / "upscaler", dtype="fp32")
     font = glyphs.all_subjects()
     rng = np.random.default_rng(SEED)
     single = GlyphSource(tuple(subjects), (1, 0, 0), test_split=True).compositions(rng, args.prompts)
