@@ -1,6 +1,8 @@
 """Prompts to text embeddings, as Automatic1111 makes them: weights, chunks for long prompts, edits between steps.
 
-A prompt without any of that gives exactly the embeddings that diffusers' `encode_prompt` gives.
+A prompt without any of that gives exactly the embeddings that diffusers' `encode_prompt` gives. What an encoder made of
+a chunk is remembered beside it, so that the next pictures of the same words, or of the same negative prompt, need it no
+more; see `_Memory`.
 """
 
 from __future__ import annotations
@@ -8,12 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 
 from diptych.pipelines.prompts import Fragment, Prompt
 
+_REMEMBERED = 32  # chunks for each text encoder: at most 7 MB for SDXL's larger one in half precision
 _BACKTRACK = 20  # a chunk that would cut a phrase ends at a comma if there is one among its last tokens
+
+
+_Encoded = tuple[torch.Tensor, torch.Tensor | None]  # hidden states (1, 77, width), and SDXL's pooled (1, width)
+_Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -150,9 +158,26 @@ def _encode(
     return torch.cat(widths, dim=-1), pooled if is_xl else None
 
 
-def _run(encoder: _Encoder, chunk: _Chunk, clip_skip: int, is_xl: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _run(encoder: _Encoder, chunk: _Chunk, clip_skip: int, is_xl: bool) -> _Encoded:
     ids, weights, mask = encoder.ids(chunk)
-    model, device = encoder.model, encoder.pipeline._execution_device
+    model, device = encoder.model, torch.device(encoder.pipeline._execution_device)
+    memory = _MEMORIES.setdefault(model, _Memory())
+    key = (*ids, *weights, clip_skip, is_xl, str(device))
+    encoded = memory.recall(model, key)
+    if encoded is None:
+        encoded = memory.keep(key, _compute(model, device, ids, weights, mask, clip_skip, is_xl))
+    return encoded
+
+
+def _compute(
+    model: Any,
+    device: torch.device,
+    ids: list[int],
+    weights: list[float],
+    mask: list[int],
+    clip_skip: int,
+    is_xl: bool,
+) -> _Encoded:
     wants_mask = getattr(model.config, "use_attention_mask", False)
     output = model(
         torch.tensor([ids], device=device),
@@ -179,3 +204,53 @@ def _run(encoder: _Encoder, chunk: _Chunk, clip_skip: int, is_xl: bool) -> tuple
 
 def _text_model(model: Any) -> Any:
     return getattr(model, "text_model", model)
+
+
+class _Memory:
+    """What one text encoder made of its last chunks, for as long as the encoder is what it was.
+
+    It is another encoder when a weight was changed in place or exchanged, as by textual inversions, fused LoRAs and
+    other precisions, or when LoRA layers came, went, or were given other weights.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: dict[_Key, _Encoded] = {}  # the longest unused first
+        self._weights: list[tuple[ref[torch.Tensor], int, torch.dtype]] = []
+        self._adapters: list[object] = []
+
+    def recall(self, model: torch.nn.Module, key: _Key) -> _Encoded | None:
+        """The result for `key`, if there is one and the encoder is still the same."""
+        weights, adapters = list(model.parameters()), _adapters(model)
+        same = len(weights) == len(self._weights) and adapters == self._adapters
+        # A reference, not an address: that of a weight which is gone may have been given to another.
+        if not same or any(
+            was() is not now or (version, dtype) != (_version(now), now.dtype)
+            for now, (was, version, dtype) in zip(weights, self._weights, strict=True)
+        ):
+            self._chunks.clear()
+            self._weights = [(ref(weight), _version(weight), weight.dtype) for weight in weights]
+            self._adapters = adapters
+        if key in self._chunks:
+            self._chunks[key] = self._chunks.pop(key)
+        return self._chunks.get(key)
+
+    def keep(self, key: _Key, encoded: _Encoded) -> _Encoded:
+        """Remembers a result in place of the longest unused one, and returns it."""
+        while len(self._chunks) >= _REMEMBERED:
+            del self._chunks[next(iter(self._chunks))]
+        self._chunks[key] = encoded
+        return encoded
+
+
+def _version(weight: torch.Tensor) -> int:
+    """How often it was changed in place."""
+    return 0 if weight.is_inference() else weight._version
+
+
+def _adapters(model: Any) -> list[object]:
+    """How much of each LoRA acts in each layer, which peft keeps beside the weights."""
+    layers = (layer for layer in model.modules() if isinstance(getattr(layer, "scaling", None), dict))
+    return [(dict(layer.scaling), list(layer.active_adapters), layer.disable_adapters) for layer in layers]
+
+
+_MEMORIES: WeakKeyDictionary[torch.nn.Module, _Memory] = WeakKeyDictionary()

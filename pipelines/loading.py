@@ -5,8 +5,10 @@ Here, and not in `from_pretrained`, the precision is chosen by what the machine 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.device import pick_device, pick_dtype
 from diptych.upscalers.official import embedded_model
 
-ATTENTION = ("auto", "xformers", "sliced")
+ATTENTION = ("sdpa", "xformers", "sliced")
 _FILES = (".safetensors", ".ckpt", ".pt", ".pth")
 
 
@@ -37,24 +39,22 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     vae: str | os.PathLike[str] | None = None,
     upscaler: str | os.PathLike[str] | None = None,
-    attention: str = "auto",
+    attention: str = "sdpa",
+    compile: bool = False,
 ) -> Any:
     """The pipeline of a model, on its device, ready for `generate`.
 
     model: a diffusers folder, a checkpoint file, or a repository of the Hugging Face hub; None: the embedded model.
     device, dtype: names, or None for what this machine is best at.
     vae: a file or folder with another VAE. upscaler: a name or a file, in place of the model's own.
-    attention: "auto" (torch's own), "xformers", or "sliced" (slow, little memory).
+    attention, compile: see `prepare`.
 
-    Raises ModelNotFound, UnknownArchitecture, CheckpointError; ValueError for a device, dtype or attention that this
-    machine does not have.
+    Raises ModelNotFound, UnknownArchitecture, CheckpointError; ValueError for a device, dtype, attention or compiler
+    that this machine does not have.
     """
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
-    if attention not in ATTENTION:
-        raise ValueError(f"there is no attention called {attention!r}: use {', '.join(ATTENTION)}")
-    if attention == "xformers" and torch_device.type != "cuda":
-        raise ValueError(f"xformers has no operator for {torch_device.type}: leave --attention out")
+    _check_means(torch_device, attention, compile)
     # A wrong name should be told before seconds are spent on the model.
     network = DiptychUpscaler.from_name(upscaler) if upscaler is not None else None
     path = Path(model) if model is not None else embedded_model()
@@ -69,12 +69,31 @@ def load_pipeline(
     if network is not None:
         pipeline.register_modules(upscaler=torch.nn.Module.to(network, torch_dtype))
     _check_weights(pipeline, path)
-    pipeline.to(torch_device)
+    return prepare(pipeline, torch_device, attention=attention, compile=compile)
+
+
+def prepare(pipeline: Any, device: torch.device, *, attention: str = "sdpa", compile: bool = False) -> Any:
+    """Puts a pipeline on its device, in the layout that convolutions are fastest in, and returns it.
+
+    attention: "sdpa" (torch's own), "xformers" (CUDA), or "sliced" (slow, little memory).
+    compile: the UNet is compiled when it first runs: a minute or more, once for each size of picture.
+    Raises ValueError for an attention or a compiler that this machine does not have.
+    """
+    _check_means(device, attention, compile)
+    pipeline.to(device)
     for name in ("unet", "vae", "upscaler"):
         component = getattr(pipeline, name, None)
         if component is not None:
             component.to(memory_format=torch.channels_last)
-    _set_attention(pipeline, attention)
+    if attention == "sliced":
+        pipeline.enable_attention_slicing()
+    elif attention == "xformers":
+        try:
+            pipeline.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"this xformers has no operator for {device}: leave --attention out") from error
+    if compile:
+        pipeline.unet.compile()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -157,11 +176,18 @@ def _check_weights(pipeline: Any, path: Path) -> None:
                     )
 
 
-def _set_attention(pipeline: Any, attention: str) -> None:
-    if attention == "sliced":
-        pipeline.enable_attention_slicing()
-    elif attention == "xformers":
-        try:
-            pipeline.enable_xformers_memory_efficient_attention()
-        except (ImportError, ModuleNotFoundError, ValueError) as error:
-            raise ValueError("xformers is not installed: pip install 'diptych[xformers]'") from error
+def _check_means(device: torch.device, attention: str, compile: bool) -> None:
+    """Before seconds are spent on a model."""
+    if attention not in ATTENTION:
+        raise ValueError(f"there is no attention called {attention!r}: use {', '.join(ATTENTION)}")
+    if attention == "xformers" and device.type != "cuda":
+        raise ValueError(f"xformers has no operator for {device.type}: leave --attention out")
+    if attention == "xformers" and importlib.util.find_spec("xformers") is None:
+        raise ValueError("xformers is not installed: pip install 'diptych[xformers]'")
+    if not compile:
+        return
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ValueError("compiling for a GPU needs triton, which is not installed: leave --compile out")
+    compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+    if device.type == "cpu" and not any(name and shutil.which(name) for name in compilers):
+        raise ValueError("compiling needs a C++ compiler, and there is none on this machine: leave --compile out")

@@ -127,6 +127,7 @@ def test_a_picture_and_a_mask_are_taken_from_files(generate: Any, tmp_path: Path
         (["a", "--seed", "-3"], 2, "seed is -3"),
         (["a", "--scheduler", "Euler b"], 2, "no scheduler called 'Euler b': try Euler"),
         (["a", "--attention", "magic"], 2, "no attention called"),
+        (["a", "--attention", "xformers"], 2, "xformers has no operator for cpu: leave --attention out"),
         (["a", "--upscale", "2", "--no-upscale"], 2, "not allowed with"),
         (["a", "--unknown"], 2, "unrecognized arguments"),
         (["a", "--device", "cuda:99"], 2, "cuda:99"),

@@ -62,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="NAME", help="Automatic1111's or diffusers' name (default: the model's own)")
     add("--clip-skip", type=int, metavar="N", help="1: the text encoder's last layer, 2: the one before (default: 1)")
     add("--from-png", metavar="PNG", help="draw this picture again, from the parameters inside it; other flags win")
-    add("--attention", default="auto", metavar="KIND", help="auto, xformers or sliced (default: auto)")
+    add("--attention", default="sdpa", metavar="KIND", help="sdpa, xformers or sliced (default: sdpa)")
+    add("--compile", action="store_true", help="compile the UNet first: a minute or more, for many pictures of a size")
     add("--device", metavar="D", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     add("--dtype", metavar="T", help="auto, fp32, bf16 or fp16 (default: auto)")
     add("--noise-device", choices=("cpu", "device"), help="cpu: the same noise on every machine (default)")
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         vae=args.vae,
         upscaler=args.upscaler,
         attention=args.attention,
+        compile=args.compile,
     )
     failed = 0
     told: set[str] = set()
