@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from diffusers import (
@@ -186,3 +187,28 @@ class DiptychXLImg2ImgPipeline(_ComponentsXLFromPicture, StableDiffusionXLImg2Im
 
 class DiptychXLInpaintPipeline(MaskedContent, _ComponentsXLFromPicture, StableDiffusionXLInpaintPipeline):
     """Picture, mask and text to picture with SDXL."""
+
+
+_TASKS: dict[tuple[str, bool], Any] = {
+    ("Text", False): DiptychPipeline,
+    ("Img2Img", False): DiptychImg2ImgPipeline,
+    ("Inpaint", False): DiptychInpaintPipeline,
+    ("Text", True): DiptychXLPipeline,
+    ("Img2Img", True): DiptychXLImg2ImgPipeline,
+    ("Inpaint", True): DiptychXLInpaintPipeline,
+}
+
+
+def in_task(pipeline: Any, task: str) -> Any:
+    """The same components in the class for `task`: "Text", "Img2Img" or "Inpaint"."""
+    is_xl = hasattr(pipeline, "text_encoder_2")
+    cls = _TASKS[task, is_xl]
+    if type(pipeline) is cls:
+        return pipeline
+    kept = ("force_zeros_for_empty_prompt", "requires_aesthetics_score") if is_xl else ("requires_safety_checker",)
+    takes = inspect.signature(cls.__init__).parameters
+    settings = {name: pipeline.config[name] for name in kept if name in takes and name in pipeline.config}
+    other = cls(**pipeline.components, **settings)
+    other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+    other.set_progress_bar_config(**getattr(pipeline, "_progress_bar_config", {}))
+    return other

@@ -1,4 +1,4 @@
-"""What Diptych adds to a diffusers pipeline: seeds, a decode that is checked, and the GAN after the decode.
+"""What Diptych adds to a diffusers pipeline: seeds, a decode that is checked, the GAN after the decode, refinement.
 
 `Finish` is mixed into diffusers' own classes (`diptych.pipelines.diptych`) and calls their `__call__`; no loop of
 theirs is repeated here.
@@ -9,28 +9,31 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from accelerate import cpu_offload
-from accelerate.hooks import AlignDevicesHook, remove_hook_from_module
 
-from diptych.errors import DiptychError, UnknownArchitecture
+from diptych.errors import UnknownArchitecture
+from diptych.pipelines.decode import checked_decode, decode_rows, denormalised, encode_rows, normalised
+from diptych.pipelines.refine import in_tiles, steps_for
+from diptych.pipelines.saving import check_space, to_file
 from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.channels import for_any_channels
-from diptych.upscalers.engine import upscale_rows
+from diptych.upscalers.engine import output_size, upscale_rows
 from diptych.upscalers.official import embedded_model
-from diptych.upscalers.passes import Model
+from diptych.upscalers.passes import Cancel, Model, Progress
 from diptych.upscalers.runner import halo_of
-from diptych.upscalers.sources import TensorSource
+from diptych.upscalers.sources import Source, StripSource, TensorSource
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-_BLACK = -1 + 1 / 255  # a decoded picture (-1..1) that nowhere exceeds this is written as 8-bit zeros
+# What a call says of the size or the picture it begins from, which the refinement's own take the place of.
+_FIRST_ONLY = {"height", "width", "image", "strength", "latents", "original_size", "target_size", "timesteps", "sigmas"}
+_ROWS = 64  # of a picture that is not enlarged, at a time
 
 
 class Finish:
@@ -105,15 +108,18 @@ class Finish:
         self,
         *args: Any,
         upscale: float | None = None,
+        refine: float | None = None,
         seed: int | Sequence[int] | None = None,
         noise_device: str | torch.device = "cpu",
         output_type: str = "pil",
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """As in diffusers, with three arguments more.
+        """As in diffusers, with four arguments more.
 
         upscale: enlarge the decoded picture this many times with `upscaler`; None and 1: not at all.
+        refine: 0..1; then draw the enlarged picture anew to this extent, as image-to-image does with `strength`, in
+            tiles where it is larger than the model can hold. Its sides become multiples of 8.
         seed: one whole number, or one for each picture. Every picture draws from a generator of its own, so that its
             noise does not depend on the batch it is made in. One seed for a batch counts up: seed, seed + 1, ...
             A list of seeds with a single prompt makes as many pictures.
@@ -121,52 +127,172 @@ class Finish:
 
         Raises ValueError for a combination that makes no sense, DiptychError if no picture comes out of the decoder.
         """
-        finished: dict[str, Any] = {}
         upscale = None if upscale == 1 else upscale
         if upscale is not None:
-            self._check_upscale(upscale, output_type, kwargs)
-            finished["output_type"] = "pt"
-        else:
-            finished["output_type"] = output_type
+            self._check_upscale(upscale, output_type if refine is None else "pil", kwargs)
+        if refine is not None:
+            self.check_refine(refine)
+            if upscale is None:
+                raise ValueError("refine draws an enlarged picture anew: say how many times with upscale=")
         if seed is not None:
             kwargs |= self._seeded(seed, noise_device, args, kwargs)
+        first = super().__call__  # type: ignore[misc]
         self.notes = []
         try:
             with checked_decode(getattr(self, "vae", None), self.notes):
-                output = super().__call__(*args, return_dict=True, **finished, **kwargs)  # type: ignore[misc]
-            if upscale is not None:
-                pictures = self.upscale_pictures(output.images, upscale)
-                # Already 0..1: the processor is only asked to convert.
-                keep = [False] * len(pictures)
-                output.images = self.image_processor.postprocess(  # type: ignore[attr-defined]
-                    pictures, output_type=output_type, do_denormalize=keep
-                )
+                if upscale is None:
+                    output = first(*args, return_dict=True, output_type=output_type, **kwargs)
+                elif refine is None:
+                    output = first(*args, return_dict=True, output_type="pt", **kwargs)
+                    output.images = self._as(output_type, self.upscale_pictures(output.images, upscale))
+                else:
+                    arguments = inspect.signature(first).bind_partial(*args, **kwargs).arguments
+                    arguments |= arguments.pop("kwargs", {})
+                    latents = first(**arguments, return_dict=True, output_type="latent").images
+                    if seed is not None:
+                        fresh = [(one.initial_seed(), one.device) for one in arguments["generator"]]
+                        arguments["generator"] = [generators([number], device)[0] for number, device in fresh]
+                    output = self._refined(latents, upscale, refine, output_type, arguments)
         finally:
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return output if return_dict else tuple(getattr(output, field.name) for field in dataclasses.fields(output))
 
     @torch.no_grad()
     def upscale_pictures(
-        self,
-        pictures: torch.Tensor,
-        upscale: float,
-        progress: Callable[[int, int], None] | None = None,
-        cancel: Any = None,
+        self, pictures: torch.Tensor, upscale: float, progress: Progress | None = None, cancel: Cancel | None = None
     ) -> torch.Tensor:
         """Enlarges pictures (N, 3, H, W), 0..1, `upscale` times with the GAN; they stay on their device, unrounded."""
-        if self.upscaler is None:
-            raise ValueError("this pipeline has no upscaler: load one with upscaler=DiptychUpscaler.from_name(...)")
-        network = self.upscaler.network
-        model = Model(
-            compute=for_any_channels(self.upscaler, network.in_channels),
-            scale=network.scale,
-            halo=halo_of(network),
-            multiple=network.multiple,
-            device=pictures.device,
-            on_overflow=self.upscaler.widen,
-        )
-        strips = upscale_rows(model, TensorSource(pictures), upscale, progress=progress, cancel=cancel)
-        return torch.cat(list(strips), dim=2).clamp(0, 1)  # Lanczos may overshoot
+        return torch.cat(list(self.enlarged(TensorSource(pictures), upscale, None, progress, cancel)), dim=2)
+
+    @torch.no_grad()
+    def decode_to_file(
+        self,
+        latents: torch.Tensor,
+        file: str | os.PathLike[str],
+        *,
+        upscale: float | None = None,
+        parameters: str | None = None,
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> tuple[int, int]:
+        """Decodes latents (1, C, h, w), as `output_type="latent"` gives them, enlarges the picture `upscale` times with
+        the GAN, and writes it to `file`, row by row as the rows come. Returns its (width, height).
+
+        Memory does not grow with the picture: see `strips`. parameters: a text for a PNG. progress: of the GAN.
+        Raises ImageError before the work if the file cannot be written or may be too large for its disk, ValueError
+        for more than one picture or without an upscaler, DiptychError if no picture comes out of the decoder.
+        """
+        if len(latents) != 1:
+            raise ValueError(f"these are latents of {len(latents)} pictures: give one of them, latents[i : i + 1]")
+        factor = self.vae_scale_factor * (upscale or 1)  # type: ignore[attr-defined]
+        size = (math.floor(latents.shape[3] * factor + 0.5), math.floor(latents.shape[2] * factor + 0.5))
+        check_space(file, size)
+        self.notes = []
+
+        def write(picture: Source) -> None:
+            strips = self.enlarged(picture, upscale or 1, None, progress, cancel)
+            to_file(Path(file), strips, size, parameters)
+
+        try:
+            self.decode_rows(latents, write, cancel)
+        finally:
+            self.maybe_free_model_hooks()  # type: ignore[attr-defined]
+        return size
+
+    def decode_rows(self, latents: torch.Tensor, use: Callable[[Source], T], cancel: Cancel | None = None) -> T:
+        """What `use` makes of the picture of latents (1, C, h, w), rows of 0..1: see `diptych.pipelines.decode`."""
+        vae = self.vae  # type: ignore[attr-defined]
+        # As diffusers does for SDXL, whose own VAE overflows.
+        fp32 = vae.dtype is torch.float16 and vae.config.force_upcast and hasattr(self, "text_encoder_2")
+        return decode_rows(vae, denormalised(vae, latents), use, notes=self.notes, fp32=fp32, cancel=cancel)
+
+    def enlarged(
+        self,
+        picture: Source,
+        upscale: float,
+        size: tuple[int, int] | None = None,
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """Strips (N, 3, some, width), 0..1, of pictures enlarged `upscale` times by the GAN.
+
+        size: (width, height) that is cut from the middle of the result.
+        """
+        height, width = picture.height, picture.width
+        strips: Iterator[torch.Tensor] = iter([])
+        if upscale == 1:
+            strips = (picture.rows(top, min(top + _ROWS, height)) for top in range(0, height, _ROWS))
+        else:
+            if self.upscaler is None:
+                raise ValueError("this pipeline has no upscaler: load one with upscaler=DiptychUpscaler.from_name(...)")
+            network = self.upscaler.network
+            model = Model(
+                compute=for_any_channels(self.upscaler, network.in_channels),
+                scale=network.scale,
+                halo=halo_of(network),
+                multiple=network.multiple,
+                device=self._execution_device,  # type: ignore[attr-defined]
+                on_overflow=self.upscaler.widen,
+            )
+            strips = upscale_rows(model, picture, upscale, progress=progress, cancel=cancel)
+            height, width = output_size(height, width, upscale)
+        return strips if size is None else _middle(strips, height, width, size)
+
+    def larger_latents(
+        self,
+        latents: torch.Tensor,
+        upscale: float,
+        size: tuple[int, int],
+        progress: Progress | None = None,
+        cancel: Cancel | None = None,
+    ) -> torch.Tensor:
+        """The latents of the picture of latents (1, C, h, w), enlarged `upscale` times by the GAN.
+
+        size: (width, height) in pixels, multiples of the VAE's, that is cut from the middle. In between it is never
+        rounded, and never whole: rows of it are decoded, enlarged and encoded as they come.
+        """
+        vae = self.vae  # type: ignore[attr-defined]
+
+        def encode(picture: Source) -> torch.Tensor:
+            strips = self.enlarged(picture, upscale, size, progress, cancel)
+            return encode_rows(vae, StripSource(strips, 1, size[1], size[0]), cancel=cancel)
+
+        return normalised(vae, self.decode_rows(latents, encode, cancel)).to(latents)
+
+    def check_refine(self, refine: float) -> None:
+        """Raises ValueError if this pipeline cannot draw an enlarged picture anew to the extent of `refine`."""
+        if not 0 < refine <= 1:
+            raise ValueError(f"refine is {refine:g}, and must be more than 0 and at most 1")
+        if getattr(self.vae, "encoder", None) is None:  # type: ignore[attr-defined]
+            raise ValueError("refine encodes the enlarged picture, and the VAE of this model has no encoder: --vae ...")
+        if "Inpaint" in type(self).__name__:
+            raise ValueError("refine draws the whole picture anew: it does not go with inpainting")
+
+    def _refined(
+        self, latents: torch.Tensor, upscale: float, refine: float, output_type: str, arguments: dict[str, Any]
+    ) -> Any:
+        """The output of image-to-image, begun from the enlarged pictures of `latents`, with the other `arguments`."""
+        from diptych.pipelines.diptych import in_task
+
+        unit = math.lcm(8, self.vae_scale_factor)  # type: ignore[attr-defined]
+        factor = self.vae_scale_factor * upscale  # type: ignore[attr-defined]
+        width, height = (max(math.ceil(latents.shape[side] * factor / unit - 0.5), 1) * unit for side in (3, 2))
+        covering = max(width / latents.shape[3], height / latents.shape[2]) / self.vae_scale_factor  # type: ignore[attr-defined]
+        larger = torch.cat([self.larger_latents(one[None], covering, (width, height)) for one in latents])
+        again = in_task(self, "Img2Img")
+        takes = inspect.signature(super(Finish, again).__call__).parameters
+        kept = {name: value for name, value in arguments.items() if name in takes and name not in _FIRST_ONLY}
+        steps = kept.get("num_inference_steps", takes["num_inference_steps"].default)
+        kept["num_inference_steps"] = steps_for(max(int(steps * refine), 1), refine)
+        with in_tiles(again, (larger.shape[2], larger.shape[3])):
+            output = again(image=larger, strength=refine, output_type=output_type, **kept)
+        self.notes += again.notes
+        return output
+
+    def _as(self, output_type: str, pictures: torch.Tensor) -> Any:
+        """Pictures, 0..1, as PIL images, arrays or tensors."""
+        keep = [False] * len(pictures)  # already 0..1: the processor is only asked to convert
+        return self.image_processor.postprocess(pictures, output_type=output_type, do_denormalize=keep)  # type: ignore[attr-defined]
 
     def _check_upscale(self, upscale: float, output_type: str, kwargs: dict[str, Any]) -> None:
         if self.upscaler is None:
@@ -204,87 +330,12 @@ def generators(seeds: Sequence[int], device: str | torch.device = "cpu") -> list
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
-@contextmanager
-def checked_decode(vae: Any, notes: list[str]) -> Iterator[None]:
-    """While it is open, `vae.decode` looks at what it made: NaN and black pictures are decoded once more in fp32.
-
-    What was found is added to `notes` and logged. Raises DiptychError for latents or pictures that stay NaN.
-    """
-    if vae is None:
-        yield
-        return
-    plain = vae.decode
-
-    def decode(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.isfinite(latents).all():
-            raise DiptychError(
-                "the denoising gave NaN instead of a picture: take another scheduler or more steps, or compute in fp32"
-                " or bf16 where it was fp16; if nothing helps, the weights of the model are damaged"
-            )
-        output = plain(latents, *args, **kwargs)
-        pictures = output[0]
-        bad = _broken(pictures)
-        if bad and vae.dtype is not torch.float32:
-            was = str(vae.dtype).removeprefix("torch.")
-            with in_fp32(vae):
-                again = plain(latents.float(), *args, **kwargs)[0]
-            pictures[bad] = again[bad].to(pictures.dtype)
-            _note(notes, f"the decode in {was} gave {_count(bad)} black or NaN: decoded again in fp32")
-            bad = _broken(pictures)
-        if not torch.isfinite(pictures).all():
-            raise DiptychError("the VAE gives NaN even in fp32: its weights are damaged; try another one with --vae")
-        if bad:
-            _note(notes, f"{_count(bad)} all black, in fp32 too")
-        return output
-
-    vae.decode = decode
-    try:
-        yield
-    finally:
-        del vae.decode
-
-
-def _broken(pictures: torch.Tensor) -> list[int]:
-    """Indices of pictures (N, C, H, W), -1..1, that hold NaN or infinity or are black."""
-    flat = pictures.flatten(1)
-    bad = ~torch.isfinite(flat).all(1) | (flat <= _BLACK).all(1)
-    return [i for i, is_bad in enumerate(bad.tolist()) if is_bad]
-
-
-def _count(bad: list[int]) -> str:
-    return "one picture" if len(bad) == 1 else f"{len(bad)} pictures"
-
-
-def _note(notes: list[str], sentence: str) -> None:
-    notes.append(sentence)
-    logger.warning(sentence)
-
-
-@contextmanager
-def in_fp32(vae: Any) -> Iterator[None]:
-    """Holds the VAE in fp32; weights that sequential offload keeps elsewhere are fetched and given back."""
-    dtype = vae.dtype
-    with _without_sequential_offload(vae):
-        torch.nn.Module.to(vae, torch.float32)  # diffusers' own `to` warns of what does not matter here
-        try:
-            yield
-        finally:
-            torch.nn.Module.to(vae, dtype)
-
-
-def _without_sequential_offload(vae: Any) -> AbstractContextManager[None]:
-    hooks = [m._hf_hook for m in vae.modules() if isinstance(getattr(m, "_hf_hook", None), AlignDevicesHook)]
-    if not any(hook.offload for hook in hooks):
-        return nullcontext()
-    return _fetched(vae, next(hook.execution_device for hook in hooks if hook.offload))
-
-
-@contextmanager
-def _fetched(vae: Any, device: torch.device) -> Iterator[None]:
-    remove_hook_from_module(vae, recurse=True)
-    vae.to(device)
-    try:
-        yield
-    finally:
-        vae.to("cpu")
-        cpu_offload(vae, device, offload_buffers=len(vae._parameters) > 0)
+def _middle(strips: Iterator[torch.Tensor], height: int, width: int, size: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """The middle of `size` (width, height) of a picture in strips."""
+    top, left = (height - size[1]) // 2, (width - size[0]) // 2
+    done = 0
+    for strip in strips:
+        first, last = max(top - done, 0), min(top + size[1] - done, strip.shape[2])
+        done += strip.shape[2]
+        if first < last:
+            yield strip[:, :, first:last, left : left + size[0]]

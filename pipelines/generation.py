@@ -1,12 +1,11 @@
 """From a request to finished pictures: what the command line, the page and the service all call.
 
 Adds to a pipeline what is not diffusers': sizes, Automatic1111's prompt syntax, schedulers by name, LoRAs, previews,
-cancelling, and the `parameters` text of every picture. It writes no files.
+cancelling, and the `parameters` text of every picture. Where files lie is the caller's to say.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import random
@@ -16,45 +15,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diptych import __version__
-from diptych.errors import Cancelled, CheckpointError
+from diptych.errors import CheckpointError
 from diptych.infotext import Infotext, format_infotext
-from diptych.pipelines.diptych import (
-    DiptychImg2ImgPipeline,
-    DiptychInpaintPipeline,
-    DiptychPipeline,
-    DiptychXLImg2ImgPipeline,
-    DiptychXLInpaintPipeline,
-    DiptychXLPipeline,
-)
-from diptych.pipelines.encoding import Embeddings, EncodedPrompt, encode_prompts
+from diptych.pipelines.diptych import in_task
+from diptych.pipelines.drawing import CancelToken, Refinement, Watch, draw, finish
+from diptych.pipelines.encoding import encode_prompts
+from diptych.pipelines.latents import LATENT_MODES
 from diptych.pipelines.loading import model_name
 from diptych.pipelines.loras import apply_loras, find_lora
 from diptych.pipelines.masked import MASKED_CONTENT
-from diptych.pipelines.preview import LatentPreview
 from diptych.pipelines.prompts import parse_prompt
+from diptych.pipelines.saving import check_space
 from diptych.pipelines.schedulers import make_scheduler, sampler_name
+from diptych.upscalers.tiles import round_up
 
 MAX_SEED = 2**32 - 1
-_TASKS: dict[tuple[str, bool], Any] = {
-    ("Text", False): DiptychPipeline,
-    ("Img2Img", False): DiptychImg2ImgPipeline,
-    ("Inpaint", False): DiptychInpaintPipeline,
-    ("Text", True): DiptychXLPipeline,
-    ("Img2Img", True): DiptychXLImg2ImgPipeline,
-    ("Inpaint", True): DiptychXLInpaintPipeline,
-}
-
-
-class CancelToken(Protocol):
-    """`threading.Event` is one."""
-
-    def is_set(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +71,12 @@ class GenerationRequest:
     """White is drawn anew, black is kept. Needs init_image."""
     masked_content: str = "original"
     """What the white part begins from, where strength < 1: "fill", "original", "latent noise", "latent nothing"."""
+    refine: float | None = None
+    """0..1: how much of the enlarged picture is drawn anew (Automatic1111's hires. fix); None: it stays as it is."""
+    refine_steps: int | None = None
+    """Denoising steps of that. None: as with init_image, refine * steps."""
+    latent_mode: str | None = None
+    """One of `latents.LATENT_MODES`: before refining, the latents are enlarged, and not the picture by the GAN."""
     loras: Sequence[tuple[str, float]] = ()
     """Files, or names in the LoRA folder, each with its weight."""
     noise_device: str = "cpu"
@@ -118,6 +104,15 @@ class GenerationRequest:
             )
         if self.masked_content not in MASKED_CONTENT:
             raise ValueError(f"masked content is {self.masked_content!r}: choose one of {', '.join(MASKED_CONTENT)}")
+        if self.refine is not None:
+            if not 0 < self.refine <= 1:
+                raise ValueError(f"refine is {self.refine:g}, and must be more than 0 and at most 1")
+            if self.mask is not None:
+                raise ValueError("refine draws the whole picture anew: it does not go with a mask")
+        if self.refine_steps is not None:
+            _in_range("refine steps", self.refine_steps, 1, 1000)
+        if self.latent_mode is not None and (self.refine is None or self.latent_mode not in LATENT_MODES):
+            raise ValueError(f"latent mode goes with refine and is one of {', '.join(LATENT_MODES)}")
         if self.noise_device not in ("cpu", "device"):
             raise ValueError(f'noise device is {self.noise_device!r}, and must be "cpu" or "device"')
 
@@ -127,6 +122,7 @@ class GeneratedPicture:
     """A finished picture, and all that is needed to make it again."""
 
     image: Image.Image
+    """Of a picture that was written to `path`: that file, opened; its pixels are read when they are needed."""
     seed: int
     infotext: str
     """Automatic1111's `parameters` text."""
@@ -135,6 +131,8 @@ class GeneratedPicture:
     notes: tuple[str, ...] = ()
     """What was rounded, unknown or repeated, in sentences for a person."""
     seconds: float = 0.0
+    path: Path | None = None
+    """The file that the picture was written to, if one was named."""
 
 
 def generate(
@@ -145,11 +143,15 @@ def generate(
     cancel: CancelToken | None = None,
     preview: Callable[[list[Image.Image]], None] | None = None,
     preview_every: int = 5,
+    file_for: Callable[[int], Path] | None = None,
 ) -> Iterator[GeneratedPicture]:
     """Draws the pictures of a request one batch after the other and yields each when it is finished.
 
     `preview` is given a rough picture of every unfinished one, each `preview_every` steps.
-    Raises ValueError for what this model cannot do, Cancelled within one step after `cancel` is set, DiptychError.
+    `file_for(seed)`, asked before the drawing, names the PNG of each picture. It is then written row by row as the rows
+    are decoded and enlarged, and the finished picture is nowhere whole in memory.
+    Raises ValueError for what this model cannot do, ImageError for a file that cannot be written or may not fit its
+    disk, Cancelled within one step after `cancel` is set, DiptychError.
     """
     pipeline, notes = _with_task(pipeline, request), []
     prompt, negative = parse_prompt(request.prompt), parse_prompt(request.negative_prompt)
@@ -166,7 +168,8 @@ def generate(
     first_seed = random.randint(0, MAX_SEED) if request.seed is None else request.seed
     seeds = [(first_seed + i) % (MAX_SEED + 1) for i in range(request.count)]
     batches = [seeds[i : i + request.batch_size] for i in range(0, len(seeds), request.batch_size)]
-    watch = _Watch(pipeline, encoded, progress, cancel, preview, preview_every, steps, len(batches), plan.denoised)
+    again = Refinement(pipeline, request, plan, encoded.steps[-1]) if plan.refined else None
+    watch = Watch(pipeline, encoded, progress, cancel, preview, preview_every, steps, again, len(batches), plan)
     try:
         for number, batch in enumerate(batches):
             started = time.perf_counter()
@@ -174,20 +177,25 @@ def generate(
                 # A new one each time: some of them keep what the last picture left in them.
                 pipeline.scheduler, said = make_scheduler(request.scheduler, native_scheduler.config)
                 notes += [note for note in said if note not in notes]
+            files = [None if file_for is None else file_for(seed) for seed in batch]
+            for file in files[:1]:
+                if file is not None:
+                    check_space(file, plan.final, len(batch))
             watch.begin(number, len(batch))
-            pictures = _draw(pipeline, request, plan, encoded.steps[0], batch, watch)
-            if plan.factor != 1:
-                pictures = pipeline.upscale_pictures(pictures, plan.factor, watch.upscaling, cancel)
-            images = pipeline.image_processor.postprocess(
-                _centre(pictures, plan.final), output_type="pil", do_denormalize=[False] * len(batch)
-            )
-            seconds = (time.perf_counter() - started) / len(batch)
-            watch.end()
-            for seed, image in zip(batch, images, strict=True):
-                settings = _settings(pipeline, request, plan, seed)
+            drawn = draw(pipeline, request, plan, encoded.steps[0], batch, watch)
+            if again is not None:
+                drawn = again.draw(drawn, batch, watch, cancel)
+            shared = (time.perf_counter() - started) / len(batch)
+            for index, (seed, file) in enumerate(zip(batch, files, strict=True)):
+                started = time.perf_counter()
+                settings = _settings(pipeline, request, plan, again, seed)
                 text = format_infotext(Infotext(request.prompt.strip(), request.negative_prompt.strip(), settings))
+                one = drawn[index : index + 1]
+                image = finish(pipeline, request, plan, one, file, text, watch.finishing(index), cancel)
+                seconds = shared + time.perf_counter() - started
                 told = (*notes, *pipeline.notes)
-                yield GeneratedPicture(image, seed, text, settings, told, seconds)
+                yield GeneratedPicture(image, seed, text, settings, told, seconds, file)
+            watch.end()
     finally:
         pipeline.scheduler = native_scheduler
         pipeline.maybe_free_model_hooks()
@@ -204,6 +212,8 @@ class Sizes:
     final: tuple[int, int]
     factor: float
     """How many times the GAN enlarges what was drawn."""
+    refined: tuple[int, int] | None = None
+    """What is drawn anew after that, if anything: the final size and what is missing to multiples."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -215,7 +225,7 @@ def plan_sizes(pipeline: Any, request: GenerationRequest) -> Sizes:
     Raises ValueError if upscaling is asked for and there is no upscaler.
     """
     network = None if pipeline.upscaler is None else pipeline.upscaler.network
-    if request.upscale not in (None, 1) and network is None:
+    if request.upscale not in (None, 1) and network is None and request.latent_mode is None:
         raise ValueError("this model has no upscaler: name one with --upscaler, or leave --upscale out")
     native = _native_size(pipeline)
     width, height = request.width, request.height
@@ -237,8 +247,15 @@ def plan_sizes(pipeline: Any, request: GenerationRequest) -> Sizes:
             notes.append(f"the size {width}x{height} was rounded to {_by(denoised)}: sides are multiples of {unit}")
         width, height = denoised
     final = (max(round(width * upscale), 1), max(round(height * upscale), 1))
-    factor = 1.0 if final == denoised else max(final[0] / denoised[0], final[1] / denoised[1])
-    return Sizes((width, height), denoised, final, factor, notes)
+    refined = None
+    if request.refine is not None:
+        if final == denoised:
+            raise ValueError("refine draws an enlarged picture anew, and nothing is enlarged here: give --upscale")
+        pipeline.check_refine(request.refine)
+        refined = (round_up(final[0], unit), round_up(final[1], unit))
+    grown = refined or final
+    factor = 1.0 if grown == denoised else max(grown[0] / denoised[0], grown[1] / denoised[1])
+    return Sizes((width, height), denoised, final, factor, refined, notes)
 
 
 def unknown_words(pipeline: Any, prompt: str) -> list[str]:
@@ -267,132 +284,16 @@ def _known_words(folder: str) -> frozenset[str] | None:
 
 def _with_task(pipeline: Any, request: GenerationRequest) -> Any:
     """The same components in the pipeline class that the request needs."""
-    is_xl = hasattr(pipeline, "text_encoder_2")
     inpaints = pipeline.unet.config.in_channels == 9
     if inpaints and request.mask is None:
         raise ValueError("this is an inpainting model: give it a picture and a mask (--init and --mask)")
     task = "Inpaint" if request.mask is not None else "Text" if request.init_image is None else "Img2Img"
-    cls = _TASKS[task, is_xl]
-    if type(pipeline) is cls:
-        return pipeline
-    kept = ("force_zeros_for_empty_prompt", "requires_aesthetics_score") if is_xl else ("requires_safety_checker",)
-    takes = inspect.signature(cls.__init__).parameters
-    settings = {name: pipeline.config[name] for name in kept if name in takes and name in pipeline.config}
-    other = cls(**pipeline.components, **settings)
-    other.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-    other.set_progress_bar_config(disable=True)
-    return other
+    return in_task(pipeline, task)
 
 
-def _draw(
-    pipeline: Any, request: GenerationRequest, plan: Sizes, first: Embeddings, seeds: list[int], watch: _Watch
-) -> torch.Tensor:
-    """The pictures of one batch before upscaling, (N, 3, H, W), 0..1."""
-    arguments: dict[str, Any] = {
-        "prompt_embeds": first.prompt,
-        "negative_prompt_embeds": first.negative,
-        "num_inference_steps": request.steps,
-        "guidance_scale": request.guidance_scale,
-        "seed": seeds,
-        "noise_device": request.noise_device,
-        "output_type": "pt",
-        "callback_on_step_end": watch.step,
-        "callback_on_step_end_tensor_inputs": ["latents"],
-    }
-    if first.pooled is not None:
-        arguments |= {"pooled_prompt_embeds": first.pooled, "negative_pooled_prompt_embeds": first.negative_pooled}
-    width, height = plan.denoised
-    if request.init_image is None:
-        arguments |= {"width": width, "height": height}
-    else:
-        arguments |= {"image": _fit(request.init_image, plan.denoised), "strength": request.strength}
-    if request.mask is not None:
-        mask = ImageOps.fit(request.mask.convert("L"), plan.denoised, Image.Resampling.BILINEAR)
-        arguments |= {"mask_image": mask, "width": width, "height": height, "masked_content": request.masked_content}
-    pictures = pipeline(**arguments).images
-    if request.mask is None or request.init_image is None:
-        return pictures
-    # The VAE changes every pixel a little: what the mask keeps is taken from the picture itself.
-    kept = pipeline.image_processor.pil_to_numpy(_fit(request.init_image, plan.denoised))
-    kept = pipeline.image_processor.numpy_to_pt(kept).to(pictures)
-    drawn = pipeline.image_processor.numpy_to_pt(pipeline.image_processor.pil_to_numpy(mask)).to(pictures)
-    return torch.lerp(kept.expand_as(pictures), pictures, drawn.expand_as(pictures))
-
-
-def _fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The picture in RGB, enlarged or shrunk to cover `size`, cut around its centre."""
-    return ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS)
-
-
-class _Watch:
-    """Follows the denoising: counts, stops, shows, and changes the prompt between steps."""
-
-    def __init__(
-        self,
-        pipeline: Any,
-        encoded: EncodedPrompt,
-        progress: Callable[[int, int], None] | None,
-        cancel: CancelToken | None,
-        preview: Callable[[list[Image.Image]], None] | None,
-        preview_every: int,
-        steps: int,
-        batches: int,
-        size: tuple[int, int],
-    ) -> None:
-        self._encoded, self._progress, self._cancel, self._preview = encoded, progress, cancel, preview
-        self._every, self._steps, self._size = preview_every, steps, size
-        self._latent_preview = LatentPreview(pipeline) if preview is not None else None
-        # Of each batch, decoding counts as one step, and upscaling as another.
-        self._each = steps + 2
-        self._total = batches * self._each
-        self._before = self._pictures = 0
-
-    def begin(self, number: int, pictures: int) -> None:
-        self._before, self._pictures = number * self._each, pictures
-        self._check()
-        self._tell(0)
-
-    def step(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        """diffusers' `callback_on_step_end`."""
-        self._check()
-        done = min((index + 1) * self._steps // pipeline.num_timesteps, self._steps)  # some samplers take half steps
-        self._tell(done)
-        if self._preview and self._latent_preview and done < self._steps and (index + 1) % self._every == 0:
-            self._preview(self._latent_preview.pictures(tensors["latents"], self._size))
-        if done < self._steps and self._encoded.steps[done] is not self._encoded.steps[done - 1]:
-            tensors |= self._turn(pipeline, self._encoded.steps[done])
-        return tensors
-
-    def upscaling(self, done: int, total: int) -> None:
-        if done < total:
-            self._tell(self._steps + 1)
-
-    def end(self) -> None:
-        self._tell(self._each)
-
-    def _turn(self, pipeline: Any, now: Embeddings) -> dict[str, Any]:
-        """The loop's own tensors for other embeddings: prompts of the whole batch, negative ones first."""
-        guided = pipeline.do_classifier_free_guidance
-
-        def whole(negative: torch.Tensor | None, positive: torch.Tensor) -> torch.Tensor:
-            parts = [negative, positive] if guided and negative is not None else [positive]
-            return torch.cat([part.repeat_interleave(self._pictures, 0) for part in parts])
-
-        tensors = {"prompt_embeds": whole(now.negative, now.prompt)}
-        if now.pooled is not None:
-            tensors["add_text_embeds"] = whole(now.negative_pooled, now.pooled)
-        return tensors
-
-    def _check(self) -> None:
-        if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled("the generation was stopped before the picture was complete")
-
-    def _tell(self, done: int) -> None:
-        if self._progress is not None:
-            self._progress(self._before + done, self._total)
-
-
-def _settings(pipeline: Any, request: GenerationRequest, plan: Sizes, seed: int) -> dict[str, str]:
+def _settings(
+    pipeline: Any, request: GenerationRequest, plan: Sizes, again: Refinement | None, seed: int
+) -> dict[str, str]:
     """The picture's settings under Automatic1111's names."""
     sampler, schedule_type = sampler_name(pipeline.scheduler)
     settings = {"Steps": str(request.steps), "Sampler": sampler}
@@ -402,17 +303,24 @@ def _settings(pipeline: Any, request: GenerationRequest, plan: Sizes, seed: int)
     settings["Model"] = model_name(pipeline)
     if request.init_image is not None:
         settings["Denoising strength"] = f"{request.strength:g}"
+    if request.refine is not None:
+        first = "Hires denoising strength" if request.init_image is not None else "Denoising strength"
+        settings[first] = f"{request.refine:g}"
     if request.mask is not None and request.masked_content != "original":
         settings["Masked content"] = request.masked_content
     if request.clip_skip > 1:
         settings["Clip skip"] = str(request.clip_skip)
     if plan.denoised != plan.asked:
         settings["Denoised size"] = _by(plan.denoised)
-    upscale = plan.final[0] / plan.asked[0]
-    if upscale != 1:
-        settings["Postprocess upscale by"] = f"{upscale:g}"
-    if plan.factor != 1:
-        settings["Postprocess upscaler"] = pipeline.upscaler.network.architecture
+    upscale = f"{plan.final[0] / plan.asked[0]:g}"
+    if again is not None:
+        settings |= {"Hires upscale": upscale, "Hires steps": str(again.steps)}
+        settings["Hires upscaler"] = request.latent_mode or pipeline.upscaler.network.architecture
+    else:
+        if upscale != "1":
+            settings["Postprocess upscale by"] = upscale
+        if plan.factor != 1:
+            settings["Postprocess upscaler"] = pipeline.upscaler.network.architecture
     if request.loras:
         settings["Loras"] = ", ".join(f"{Path(file).stem}: {weight:g}" for file, weight in request.loras)
     settings["RNG"] = "CPU" if request.noise_device == "cpu" else "GPU"
@@ -425,12 +333,6 @@ def _native_size(pipeline: Any) -> tuple[int, int]:
     size = pipeline.unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
-
-
-def _centre(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Cuts what is more than `size` (width, height) off the sides, equally."""
-    top, left = (pictures.shape[2] - size[1]) // 2, (pictures.shape[3] - size[0]) // 2
-    return pictures[:, :, top : top + size[1], left : left + size[0]]
 
 
 def _round_to(value: float, unit: int) -> int:

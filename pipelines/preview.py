@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from diptych.pipelines.finish import in_fp32
+from diptych.pipelines.decode import in_fp32
 
 _SIDE = 8  # latent pixels along a side of the pictures that the map is measured with
 

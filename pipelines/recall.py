@@ -66,22 +66,48 @@ def request_fields(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     if kind != "Automatic" and "scheduler" in fields:
         fields["scheduler"] += f" {kind}"
     take("Postprocess upscale by", "upscale", float)
-    hires = "Hires upscale" in settings
+    hires = any(name in settings for name in ("Hires upscale", "Hires resize", "Hires upscaler"))
     take("Hires upscale", "upscale", float)
-    if hires:
-        notes.append("the picture was denoised a second time after it was enlarged: here the GAN enlarges it")
+    take("Hires resize", "resize", _size)
+    resize = fields.pop("resize", None)
+    if resize is not None and fields["width"] and fields["height"]:  # one of its sides may be 0
+        fields["upscale"] = max(resize[0] / fields["width"], resize[1] / fields["height"])
     take("Denoising strength", "strength", float)
-    if "strength" in fields and not hires:
+    if hires:
+        # Of a picture that was begun from another one, the strength of the second pass has a name of its own.
+        begun = "Hires denoising strength" in settings
+        take("Hires denoising strength", "refine", float)
+        fields.setdefault("refine", fields.get("strength"))
+        if not begun:
+            fields.pop("strength", None)
+        take("Hires steps", "refine_steps", int)
+        if fields["refine"] is not None:  # Automatic1111 leaves the number out where it is that of the first pass
+            fields["refine_steps"] = fields.get("refine_steps") or fields.get("steps")
+        if not fields["refine"]:
+            fields.update(refine=None, refine_steps=None)
+        _enlarger(settings.pop("Hires upscaler", None), fields, notes, settings.get("Version", ""))
+    if "strength" in fields:
         notes.append("the picture was made from another picture: give that one with --init")
     take("Loras", "loras", _loras)
     if settings.pop("RNG", "GPU") != "CPU":
         notes.append("its noise was drawn on a GPU: the picture will differ, since noise is drawn on the CPU here")
-    unused = [name for name in settings if name not in _SILENT and not name.startswith("Hires ")]
+    unused = [name for name in settings if name not in _SILENT]
     if unused:
         notes.append(f"not used from its settings: {', '.join(unused)}")
     if "seed" not in fields:
         notes.append("it names no seed: a random one is taken")
     return fields, notes
+
+
+def _enlarger(name: str | None, fields: dict[str, Any], notes: list[str], version: str) -> None:
+    from diptych.pipelines.latents import latent_mode  # torch is not to be loaded for other pictures
+
+    if name is None or version.startswith("diptych") and latent_mode(name) is None:
+        return
+    if latent_mode(name) is not None and fields["refine"] is not None:
+        fields["latent_mode"] = latent_mode(name)
+        return
+    notes.append(f"it was enlarged with {name}: here the model's own upscaler does that; --upscaler names another")
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import torch
 
 from diptych.errors import DiptychError
 from diptych.pipelines import DiptychPipeline
-from diptych.pipelines.finish import checked_decode, generators
+from diptych.pipelines.decode import checked_decode
+from diptych.pipelines.finish import generators
 
 FP16_OVERFLOW = 3e5
 
