@@ -30,6 +30,11 @@ def test_a_saved_picture_carries_its_infotext_and_is_found_by_its_prompt(library
     assert entry.prompt == "a red apple"
 
 
+def test_a_search_for_thousands_of_words_is_a_search(library):
+    library.save(picture(), APPLE, "")
+    assert len(library.search("", "red " * 20_000)) == 1
+
+
 TEXTS = ["", "Steps: 3", "a\nb\nNegative prompt: c\nSteps: 3", "größe 🍎 日本", "100%_off\\"]
 
 

@@ -1,6 +1,7 @@
 """What the server refuses, and that it is unharmed by it."""
 
 import base64
+import gc
 import io
 import json
 import shutil
@@ -173,6 +174,32 @@ def test_two_gigabytes_are_refused_without_being_read(web_server):
         assert client.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_gigabytes_of_tiny_values_are_refused_before_they_are_parsed(http):
+    body = b'{"script_args": [' + b"[]," * 60_000 + b"0]}"
+    refused(http.post(BASE + "txt2img", content=body, headers={"content-type": "application/json"}), 413, "100,000")
+    join = b'{"session_hash": "s", "data": [' + b"0," * 110_000 + b"0]}"
+    headers = {"content-type": "application/json"}
+    refused(http.post("/gradio_api/queue/join", content=join, headers=headers), 413, "100,000")
+
+
+def test_a_client_that_sends_too_slowly_is_told_so_and_left(start):
+    server = start(limits=Limits(upload_seconds=0.3))
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as client:
+        client.sendall(b"POST /sdapi/v1/txt2img HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: 100\r\n\r\n{")  # fmt: skip
+        answer = client.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 408") and server.backend.queue.jobs() == []
+    assert httpx.post(server.url + BASE + "txt2img", json=OK, timeout=60).status_code == 200
+
+
+def test_many_pictures_that_are_too_large_together_are_refused(start):
+    url = start(limits=Limits(request_pixels=20_000)).url + BASE
+    pictures = [encoded(Image.new("RGB", (100, 90)))] * 3
+    batch = {"imageList": [{"data": text, "name": "x.png"} for text in pictures], "upscaler_1": "Lanczos"}
+    refused(httpx.post(url + "extra-batch-images", json=batch), 422, "limit of 20,000")
+    refused(httpx.post(url + "img2img", json=OK | {"init_images": pictures}), 422, "limit of 20,000")
+
+
 def test_a_client_that_hangs_up_while_it_sends_is_forgotten(web_server):
     for _ in range(5):
         with socket.create_connection(("127.0.0.1", web_server.port), timeout=30) as client:
@@ -206,9 +233,47 @@ def test_the_library_and_its_pictures_are_not_served_from_where_they_lie(http, w
         assert http.get(f"/gradio_api/file={path}").status_code == 403
 
 
+@pytest.mark.parametrize("name, kind", [("x.html", "text/html"), ("x.svg", "image/svg+xml")])
+def test_an_uploaded_file_is_never_a_page_of_this_site(http, name, kind):
+    (path,) = http.post("/gradio_api/upload", files={"files": (name, b"<script>alert(1)</script>", kind)}).json()
+    answer = http.get(f"/gradio_api/file={path}")
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+LAYERS = {
+    "a billion layers": ("10000000000", "PNG", "limit of 8"), "a layer before the first": ("-1", "PNG", "limit of 8"),
+    "a text file": ("0", "text", "cannot be read"), "a bomb": ("0", "bomb", "1,000,000"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_editor_takes_no_layer_over_the_limits(http, kind):
+    index, content, said = LAYERS[kind]
+    contents = {"PNG": base64.b64decode(encoded(Image.new("RGBA", (8, 8)))), "text": b"these are no pixels at all",
+                "bomb": base64.b64decode(bomb(10_000, 10_000))}  # fmt: skip
+    answer = send_layer(http, index, contents[content], "one")
+    assert answer.status_code == 422 and said in answer.json()["detail"]
+
+
+def test_the_editor_forgets_the_layers_that_nobody_used(http, web_server):
+    content = base64.b64decode(encoded(Image.new("RGBA", (8, 8))))
+    for number in range(40):
+        assert send_layer(http, "0", content, f"editor {number}").status_code == 200
+    editors = [block for block in gc.get_objects() if type(block).__name__ == "ImageEditor"]
+    assert editors and all(len(editor.blob_storage) <= 16 for editor in editors)
+
+
+def send_layer(http, index, content, key):
+    (editor,) = [item for item in http.get("/config").json()["components"] if item["type"] == "imageeditor"]
+    form = {"type": "layer", "index": index, "id": key, "component_id": str(editor["id"]), "session_hash": "layers",
+            "fn_name": "accept_blobs"}  # fmt: skip
+    return http.post("/gradio_api/component_server", data=form, files={"file": ("blob", content, "image/png")})
+
+
 def gradio_call(http, web_server, payload):
     config = http.get("/config").json()
-    target = next(item for item in config["dependencies"] if len(item["inputs"]) == 1 and len(item["outputs"]) == 3)
+    target = next(item for item in config["dependencies"] if len(item["inputs"]) == 1 and len(item["outputs"]) == 4)
     body = {"data": [payload], "fn_index": target["id"], "session_hash": "abcdefghij"}
     return http.post("/gradio_api/queue/join", json=body)
 
@@ -309,15 +374,79 @@ def test_accounts_see_and_stop_only_their_own(start):
         assert job.state == "cancelled"
 
 
-def test_the_page_asks_for_the_password_too(tiny_pipeline_folder, tmp_path):
-    server = WebServer(Settings(port=0, model=str(tiny_pipeline_folder), outputs=tmp_path, users={"ann": "secret"}))
+@pytest.fixture(scope="module")
+def guarded(tiny_pipeline_folder, tmp_path_factory):
+    """A server with the page and two accounts."""
+    outputs, users = tmp_path_factory.mktemp("guarded"), {"ann": "a", "bob": "b"}
+    server = WebServer(Settings(port=0, model=str(tiny_pipeline_folder), outputs=outputs, users=users))
     server.start()
-    try:
-        for path in ("/", "/config", "/gradio_api/info", "/theme.css", "/gradio_api/upload"):
-            assert httpx.get(server.url + path).status_code == 401
-        assert httpx.get(server.url + "/", auth=("ann", "secret")).status_code == 200
-    finally:
-        server.stop()
+    yield server
+    server.stop()
+
+
+PAGE_ROUTES = [
+    "GET /", "GET /config", "GET /gradio_api/info", "GET /theme.css", "GET /assets/x.js", "POST /gradio_api/upload",
+    "GET /gradio_api/upload_progress?upload_id=x", "POST /gradio_api/queue/join", "POST /gradio_api/cancel",
+    "GET /gradio_api/queue/data?session_hash=x", "GET /gradio_api/heartbeat/x", "POST /gradio_api/component_server",
+    "GET /gradio_api/file=/tmp/x", "POST /gradio_api/reset", "POST /sdapi/v1/txt2img", "OPTIONS /sdapi/v1/txt2img",
+    "GET //healthz/", "GET /healthz/../config",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("route", PAGE_ROUTES)
+def test_every_route_of_the_page_asks_for_the_password_too(guarded, route):
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as client:  # no library tidies the path
+        client.sendall(f"{route} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n".encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 401")
+
+
+def test_a_websocket_is_not_opened(guarded):
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=30) as client:
+        client.sendall(b"GET /gradio_api/queue/data HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\n"
+                       b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+                       b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")  # fmt: skip
+        assert client.recv(4096).startswith(b"HTTP/1.1 401")
+
+
+def test_a_session_of_the_page_is_open_to_the_account_that_began_it_alone(guarded):
+    ann, bob = (httpx.Client(base_url=guarded.url, auth=(name, name[0]), timeout=60) for name in ("ann", "bob"))
+    call = {"data": [], "fn_index": 0, "session_hash": "annssession"}
+    with ann, bob:
+        assert ann.post("/gradio_api/queue/join", json=call).status_code == 200
+        foreign = [
+            bob.get("/gradio_api/queue/data", params={"session_hash": "annssession"}),
+            bob.get("/gradio_api/heartbeat/annssession"),
+            bob.post("/gradio_api/queue/join", json=call),
+            bob.post("/gradio_api/cancel", json={"session_hash": "annssession", "fn_index": 0, "event_id": "x"}),
+        ]
+        for answer in foreign:
+            refused(answer, 403, "somebody else's")
+
+
+def test_an_allowed_site_may_ask_before_it_sends_a_password(start):
+    url = start(users={"ann": "secret"}, cors_origins=("http://friend.example",)).url
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+    answer = httpx.options(url + BASE + "txt2img", headers=asks | {"origin": "http://friend.example"})
+    assert answer.status_code == 200 and "authorization" in answer.headers["access-control-allow-headers"].lower()
+    assert httpx.options(url + BASE + "txt2img", headers=asks | {"origin": "http://evil.example"}).status_code == 401
+
+
+def test_on_a_network_without_accounts_each_browser_and_each_program_has_its_own(start):
+    server = start(host="0.0.0.0")
+    first, second = ({"cookie": f"diptych_client={letter * 32}"} for letter in "ab")
+    for headers in (first, second, {}):
+        answer = httpx.post(server.url + BASE + "txt2img", json=OK | {"save_images": True}, headers=headers, timeout=60)
+        assert answer.status_code == 200
+    library = server.backend.library
+    assert [len(library.search(owner)) for owner in ("a" * 32, "b" * 32, "address 127.0.0.1", "")] == [1, 1, 1, 0]
+    gate = threading.Event()
+    job = server.backend.queue.submit("api:address 127.0.0.1:", "", lambda job: iter([gate.wait(30)]))
+    counts = [
+        httpx.get(server.url + BASE + "progress", headers=headers, timeout=60).json()["state"]["job_count"]
+        for headers in ({}, first)
+    ]
+    gate.set()
+    assert counts == [1, 0] and job.wait(5)
 
 
 def test_a_full_queue_is_told_with_its_limit(start):

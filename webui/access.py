@@ -1,31 +1,32 @@
 """The guard in front of page and service: who may come in, how much they may send, which of Gradio's routes exist.
 
 Plain ASGI, so that a client's hanging up reaches the handlers. It refuses, in this order: a foreign Host (DNS
-rebinding), a wrong password, a foreign Origin, a body that is too large, a route of Gradio's that the page does not
-use, and a Gradio file payload that is not a file of this server (Gradio would download addresses on a client's word).
+rebinding), a wrong password, a foreign Origin, a route of Gradio's that the page does not use, a body over the limits,
+a Gradio session of somebody else, and a Gradio file payload that is not a file of this server (Gradio would download
+addresses on a client's word).
 What makes pictures knows nothing of it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import hashlib
 import json
 import re
 import secrets
-import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from diptych.errors import ImageError
+from diptych.webui.incoming import Incoming, Refused, drain, replay, too_large
 from diptych.webui.pictures_in import open_header
 from diptych.webui.settings import Settings
 
@@ -44,10 +45,8 @@ _POLICY = (
     "connect-src 'self' data: blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
 _COOKIE = "diptych_client"
-
-
-class _BodyTooLarge(Exception):
-    pass
+_JSON_CALLS = ("queue/join", "cancel", "component_server", "component_server/")  # of Gradio's
+_SESSIONS = 10_000  # of Gradio's, whose owners are remembered
 
 
 class Guard:
@@ -60,6 +59,7 @@ class Guard:
         self._accounts = {
             name: hashlib.sha256(f"{name}:{password}".encode()).digest() for name, password in settings.users.items()
         }
+        self._sessions: OrderedDict[str, str] = OrderedDict()  # Gradio's, with their owners
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -68,11 +68,11 @@ class Guard:
             return await send({"type": "websocket.close", "code": 1008})
         headers = Headers(scope=scope)
         path = scope["path"].lstrip("/")
-        limit = self.settings.limits.body_bytes
+        limits = self.settings.limits
         if self.settings.local_only and not _is_local(headers.get("host", "")):
             return await self._refuse(scope, receive, send, 403, "this server answers to localhost only")
         user = self._user(headers.get("authorization", ""))
-        if user is None and path != "healthz":
+        if user is None and path != "healthz" and not self._is_allowed_preflight(scope["method"], headers):
             return await self._refuse(
                 scope, receive, send, 401, "name and password are needed", {"WWW-Authenticate": 'Basic realm="Diptych"'}
             )
@@ -80,44 +80,37 @@ class Guard:
             return await self._refuse(scope, receive, send, 403, "requests from other sites are not taken")
         if not _OWN_ROUTES.fullmatch(path) and not (self.settings.page and _GRADIO_ROUTES.fullmatch(path)):
             return await self._refuse(scope, receive, send, 404, f"there is nothing at /{path[:200]}")
-        if int(headers.get("content-length") or 0) > limit:
-            await _drain(receive)
-            return await self._refuse(scope, receive, send, 413, self._too_large)
+        if int(headers.get("content-length") or 0) > limits.body_bytes:
+            await drain(receive)
+            return await self._refuse(scope, receive, send, 413, too_large(limits))
         if path.startswith("gradio_api/file=") and not self._is_ours(path.removeprefix("gradio_api/file=")):
             return await self._refuse(scope, receive, send, 403, "this file is not for reading")
 
-        cookie = self._cookie(headers) if user == "" and self.settings.separate_owners else ""
-        scope.setdefault("state", {})["owner"] = user or cookie or ""
-        fresh = bool(cookie) and cookie not in headers.get("cookie", "")
-        if path in ("gradio_api/queue/join", "gradio_api/component_server", "gradio_api/component_server/"):
-            body = await _read(receive, limit)
-            if body is None:
-                return await self._refuse(scope, receive, send, 413, self._too_large)
-            if trouble := self._trouble_in_payload(body):
+        owner, new_cookie = self._owner(user or "", path, scope, headers)
+        scope.setdefault("state", {})["owner"] = owner
+        session = _session_of(path, scope)
+        body = Incoming(receive, limits, is_json="json" in headers.get("content-type", ""))
+        if path.removeprefix("gradio_api/") in _JSON_CALLS and "json" in headers.get("content-type", ""):
+            try:
+                whole = await body.whole()
+            except Refused as refused:
+                await drain(receive)
+                return await self._refuse(scope, receive, send, refused.status, refused.detail)
+            payload = _parsed(whole)
+            if trouble := self._trouble_in_files(payload):
                 return await self._refuse(scope, receive, send, 400, trouble)
-            receive = _replay(body, receive)
-        await self._pass_on(scope, receive, send, cookie if fresh else "")
+            session = str(payload.get("session_hash") or "") if isinstance(payload, dict) else ""
+            body = Incoming(replay(whole, receive), limits, is_json=False)
+        if session and self._is_foreign(session, owner):
+            return await self._refuse(scope, receive, send, 403, "this session is somebody else's: load the page anew")
+        await self._pass_on(scope, body, receive, send, new_cookie)
 
-    @property
-    def _too_large(self) -> str:
-        return f"the request is larger than the limit of {self.settings.limits.body_bytes:,} bytes"
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, new_cookie: str) -> None:
-        seen, limit = 0, self.settings.limits.body_bytes
-        refused = answered = False
-
-        async def counted() -> Message:
-            nonlocal seen, refused
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > limit:
-                refused = True
-                raise _BodyTooLarge
-            return message
+    async def _pass_on(self, scope: Scope, body: Incoming, receive: Receive, send: Send, new_cookie: str) -> None:
+        answered = False
 
         async def checked(message: Message) -> None:
             nonlocal answered
-            if refused and not answered:
+            if body.refused and not answered:
                 return  # the handlers' own opinion of the broken body
             if message["type"] == "http.response.start":
                 answered = True
@@ -125,12 +118,13 @@ class Guard:
             await send(message)
 
         try:
-            await self.app(scope, counted, checked)
-        except _BodyTooLarge:
+            await self.app(scope, body, checked)
+        except Refused:
             pass
-        if refused and not answered:
-            await _drain(receive)
-            await self._refuse(scope, receive, send, 413, self._too_large)
+        if body.refused and not answered:
+            if body.refused.status == 413:  # one that was too slow is not waited for any longer
+                await drain(receive)
+            await self._refuse(scope, receive, send, body.refused.status, body.refused.detail)
 
     async def _refuse(
         self,
@@ -170,9 +164,33 @@ class Guard:
             return headers.get("sec-fetch-site") not in ("cross-site", "same-site")
         return urlsplit(origin).netloc == headers.get("host") or origin in self.settings.cors_origins
 
-    def _cookie(self, headers: Headers) -> str:
+    def _is_allowed_preflight(self, method: str, headers: Headers) -> bool:
+        """Whether a browser asks, without a password as browsers do, if an allowed site may call."""
+        asks = method == "OPTIONS" and "access-control-request-method" in headers
+        return asks and headers.get("origin") in self.settings.cors_origins
+
+    def _owner(self, user: str, path: str, scope: Scope, headers: Headers) -> tuple[str, str]:
+        """Whose pictures and jobs are meant: the account's or, without accounts, a browser's; and a cookie to be set.
+
+        A program that keeps no cookies is known by its address.
+        """
+        if user or not self.settings.separate_owners:
+            return user, ""
         match = re.search(rf"(?:^|;\s*){_COOKIE}=([A-Za-z0-9_-]{{32}})(?:;|$)", headers.get("cookie", ""))
-        return match[1] if match else secrets.token_urlsafe(24)
+        if match:
+            return match[1], ""
+        if path.startswith("sdapi/"):
+            return f"address {(scope.get('client') or ('unknown',))[0]}", ""
+        new = secrets.token_urlsafe(24)
+        return new, new
+
+    def _is_foreign(self, session: str, owner: str) -> bool:
+        """Whether another owner has used this session of Gradio's; nobody else's may be listened to or ended."""
+        known = self._sessions.setdefault(session[:100], owner)
+        self._sessions.move_to_end(session[:100])
+        while len(self._sessions) > _SESSIONS:
+            self._sessions.popitem(last=False)
+        return known != owner
 
     def _is_ours(self, path: str) -> bool:
         try:
@@ -180,13 +198,9 @@ class Guard:
         except (OSError, ValueError):
             return False
 
-    def _trouble_in_payload(self, body: bytes) -> str:
+    def _trouble_in_files(self, payload: Any) -> str:
         """What is wrong with the files that a call of the page names; "" if nothing is."""
-        try:
-            data = json.loads(body)
-        except (ValueError, RecursionError):
-            return ""  # Gradio says what it thinks of it
-        for file in _files(data):
+        for file in _files(payload):
             path, url = str(file.get("path") or ""), str(file.get("url") or "")
             if "://" in path or url.startswith("data:") or not path:
                 return "addresses are never fetched: upload the picture itself"
@@ -199,6 +213,22 @@ class Guard:
             except ImageError as error:
                 return str(error)
         return ""
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None  # Gradio says what it thinks of it
+
+
+def _session_of(path: str, scope: Scope) -> str:
+    """The session that a request of the page names in its address, "" if none."""
+    if path.startswith("gradio_api/heartbeat/"):
+        return path.rsplit("/", 1)[1]
+    if path == "gradio_api/queue/data":
+        return parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])[-1]
+    return ""
 
 
 def _files(data: Any) -> Iterator[dict[str, Any]]:
@@ -226,44 +256,7 @@ def _harden(headers: MutableHeaders, path: str, new_cookie: str) -> None:
     headers["Content-Security-Policy"] = _POLICY
     if path.startswith((API + "file=", "/sdapi/")):
         headers["Cache-Control"] = "private, no-store" if path.startswith("/sdapi/") else "private, max-age=3600"
+    if path.startswith("/assets/"):  # their names change with what is in them
+        headers["Cache-Control"] = "private, max-age=31536000, immutable"
     if new_cookie:
         headers.append("Set-Cookie", f"{_COOKIE}={new_cookie}; Path=/; HttpOnly; SameSite=Strict; Max-Age=31536000")
-
-
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The whole body; None if it is longer than `limit`. What a client that hung up had sent so far counts as all."""
-    parts, length = [], 0
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        length += len(parts[-1])
-        if length > limit:
-            await _drain(receive)
-            return None
-        if message["type"] == "http.disconnect" or not message.get("more_body"):
-            return b"".join(parts)
-
-
-async def _drain(receive: Receive, seconds: float = 10, silence: float = 1) -> None:
-    """Throws away what is still coming, for a while, so that the client gets to read the answer."""
-    deadline = time.monotonic() + seconds
-    try:
-        while (left := deadline - time.monotonic()) > 0:
-            message = await asyncio.wait_for(receive(), min(left, silence))
-            if message["type"] == "http.disconnect" or not message.get("more_body"):
-                return
-    except TimeoutError:
-        return
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed

@@ -25,6 +25,7 @@ from diptych.upscalers.files import atomic_path
 log = logging.getLogger(__name__)
 
 INDEX = "library.sqlite"
+_WORDS = 50  # of a search; the index refuses endless ones
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 _TABLE = """
 CREATE TABLE IF NOT EXISTS pictures (
@@ -89,7 +90,7 @@ class Library:
     def search(self, owner: str, words: str = "", limit: int = 60, offset: int = 0) -> list[Entry]:
         """The newest pictures whose infotext has all the words, in any order and either case."""
         where, values = ["owner = ?"], [owner]
-        for word in words.split():
+        for word in words.split()[:_WORDS]:
             where.append("infotext LIKE ? ESCAPE '\\'")
             values.append("%" + re.sub(r"([\\%_])", r"\\\1", word) + "%")
         query = f"SELECT * FROM pictures WHERE {' AND '.join(where)} ORDER BY created DESC, id DESC LIMIT ? OFFSET ?"

@@ -25,7 +25,7 @@ from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.pipelines.schedulers import SAMPLERS, SCHEDULE_TYPES
 from diptych.webui import schemas
 from diptych.webui.backend import Made, Refining, Upscaling
-from diptych.webui.pictures_in import decode_base64
+from diptych.webui.pictures_in import decode_base64, decode_many
 from diptych.webui.settings import Limits
 
 _NO_SCHEDULE = ("", "automatic", "use same scheduler")
@@ -330,8 +330,9 @@ def _img2img(body: schemas.Img2ImgBody, request: GenerationRequest, model: str |
     requests: list[GenerationRequest] = []
     regions: list[Region | None] = []
     per_image = request.count if len(body.init_images) == 1 else body.n_iter or 1
-    for number, text in enumerate(body.init_images):
-        picture = ImageOps.exif_transpose(decode_base64(text, limits, f"init image {number + 1}")).convert("RGB")
+    named = [(f"init image {number + 1}", text) for number, text in enumerate(body.init_images)]
+    for number, sent in enumerate(decode_many(named, limits)):
+        picture = ImageOps.exif_transpose(sent).convert("RGB")
         one = replace(request, count=per_image, batch_size=min(request.batch_size, per_image), strength=strength)
         if one.seed is not None:
             one = replace(one, seed=one.seed + number * per_image)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _EMBEDDED, EMBEDDED_UPSCALER = "diptych-glyphs", "Diptych"  # the model that comes along, and its upscaler
+_BACKGROUNDS = ("sky blue", "yellow", "pink", "white")  # of the prompts that are offered
 _RESAMPLING = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 
 
@@ -176,8 +177,17 @@ class ModelStore:
         return sorted(str(word) for word in vocabulary.get("subjects") or vocabulary.get("words", []))
 
     def examples(self) -> list[str]:
-        """Prompts that the current model draws well; empty if it does not say."""
-        return [str(text) for text in _vocabulary(self.current.path).get("examples", [])][:8]
+        """Prompts in the current model's own words: its subjects, in the colours it knows; empty if it names none."""
+        vocabulary = _vocabulary(self.current.path)
+        subjects, known = sorted(map(str, vocabulary.get("subjects", []))), set(vocabulary.get("words", []))
+        if not subjects or not {"a", "on", "background"} <= known:
+            return subjects[:4]
+        backgrounds = [colour for colour in _BACKGROUNDS if set(colour.split()) <= known]
+        chosen = subjects[:: max(1, len(subjects) // 4)][:4]
+        return [
+            f"{'an' if subject[0] in 'aeiou' and 'an' in known else 'a'} {subject} on a {background} background"
+            for subject, background in zip(chosen, backgrounds, strict=False)
+        ]
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Sentences on the words that the current model never saw; none if it does not say, or is not loaded yet."""

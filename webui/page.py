@@ -52,7 +52,8 @@ def build_page(backend: Backend, uploads: Path) -> gr.Blocks:
     showcase = Showcase(uploads / "shown")
     with gr.Blocks(title="Diptych", analytics_enabled=False, delete_cache=(3600, 86400), fill_width=True) as page:
         gr.HTML(
-            '<header class="dp-header"><h1>Diptych</h1><p>prompt · latents · picture · finished by a GAN</p></header>'
+            '<header class="dp-header"><h1>Diptych</h1><p>prompt · latents · picture · finished by a GAN</p></header>',
+            padding=False,
         )
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Create", id="create"):
@@ -75,7 +76,7 @@ def build_page(backend: Backend, uploads: Path) -> gr.Blocks:
 
         made = [create.made, create.chosen]
         create.to_upscale.click(_picture_to_gallery("upscale"), made, [upscale.pictures, tabs], **quiet)
-        create.to_init.click(_picture_to("create"), made, [create.init_image, tabs], **quiet)
+        create.to_init.click(_picture_to_init, made, [create.init, create.init_image], **quiet)
         create.to_info.click(_picture_to("info"), made, [info.picture, tabs], **quiet)
         library.to_upscale.click(
             lambda path: ([path], gr.Tabs(selected="upscale")) if path else (gr.skip(), gr.skip()),
@@ -114,6 +115,12 @@ def _picture_to(tab: str) -> Any:
         return made[min(chosen, len(made) - 1)][0], gr.Tabs(selected=tab)
 
     return send
+
+
+def _picture_to_init(made: list[tuple[str, str, int]], chosen: int) -> tuple[Any, Any]:
+    if not made:
+        return gr.skip(), gr.skip()
+    return gr.Accordion(open=True), gr.update(value=made[min(chosen, len(made) - 1)][0], visible=True)
 
 
 def _picture_to_gallery(tab: str) -> Any:

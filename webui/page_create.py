@@ -14,12 +14,15 @@ from PIL import Image
 
 from diptych.errors import DiptychError
 from diptych.infotext import Infotext
+from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.webui.backend import Backend
+from diptych.webui.page_editor import bound_editor
 from diptych.webui.page_parts import (
     IDLE,
     Showcase,
     client_of,
     follow,
+    invitation,
     notice,
     outcome,
     owner_of,
@@ -55,17 +58,17 @@ class CreateTab:
             label="Prompt", lines=2, max_lines=8, placeholder="What to draw", elem_id="prompt", autofocus=True
         )
         self.unknown = gr.HTML(IDLE, padding=False, elem_id="unknown-words")
-        with gr.Row():
-            self.run = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
-            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1)
-
-    def _lay_out_words(self) -> None:
+        with gr.Row(elem_classes="dp-go"):
+            self.run = gr.Button("Generate", variant="primary", elem_id="generate", scale=3, min_width=120)
+            self.stop = gr.Button("Stop", variant="stop", elem_id="stop", scale=1, min_width=80)
         self.examples = gr.Dataset(
             components=[gr.Textbox(visible=False)],
             samples=[[text] for text in self.backend.models.examples()],
-            label="Examples",
+            label="Try one of these",
             elem_id="examples",
         )
+
+    def _lay_out_words(self) -> None:
         self.words = gr.Dropdown(
             [""], value="", label="Words this model knows", info="pick one to add it to the prompt", elem_id="words"
         )
@@ -74,17 +77,17 @@ class CreateTab:
         )
 
     def _lay_out_settings(self, most_steps: int, most_pictures: int) -> None:
-        with gr.Row():
+        with gr.Row(equal_height=True, elem_classes="dp-seed"):
             self.seed = gr.Number(
-                -1, label="Seed", info="-1: a new one each time", precision=0, minimum=-1, elem_id="seed", min_width=160
+                -1, label="Seed", info="-1: a new one each time", precision=0, minimum=-1, elem_id="seed", min_width=140
             )
-            with gr.Column(min_width=150):
+            with gr.Column(min_width=140):
                 self.dice = gr.Button("🎲 New seed", elem_id="dice", size="sm")
                 self.reuse_seed = gr.Button("♻ Reuse last", elem_id="reuse-seed", size="sm")
         with gr.Row():
             self.steps = gr.Slider(1, most_steps, 25, step=1, label="Steps", elem_id="steps", min_width=150)
             self.guidance_scale = gr.Slider(
-                0, 20, 7, step=0.5, label="Guidance scale", elem_id="guidance-scale", min_width=150
+                0, 20, 7, step=0.5, label="Guidance", elem_id="guidance-scale", min_width=150
             )
         with gr.Row():
             self.size = gr.Dropdown(
@@ -106,26 +109,48 @@ class CreateTab:
             )
 
     def _lay_out_init_image(self) -> None:
-        with gr.Accordion("Start from a picture", open=False, elem_id="init"):
+        with gr.Accordion("Start from a picture", open=False, elem_id="init") as self.init:
             self.init_image = gr.ImageEditor(
-                label="Init image and mask",
+                label="Picture",
                 type="pil",
                 sources=["upload", "clipboard"],
                 layers=False,
                 transforms=[],
                 brush=gr.Brush(colors=["#ffffff"], color_mode="fixed", default_size=24),
                 height=380,
+                visible=False,  # its code is large, and the browser fetches it when it is first needed
                 elem_id="init-image",
             )
+            bound_editor(self.init_image, self.backend.settings.limits)
             gr.HTML(
-                '<p class="dp-hint">Paint over what is to be drawn anew; paint nothing to change the whole.</p>',
+                '<p class="dp-hint">Paint over what is to be drawn anew; paint nothing to change the whole. Strength '
+                "says how much changes, masked content what the painted part begins from.</p>",
                 padding=False,
             )
-            self.strength = gr.Slider(0, 1, 0.75, step=0.05, label="Strength", elem_id="strength")
+            with gr.Row():
+                self.strength = gr.Slider(
+                    0,
+                    1,
+                    0.75,
+                    step=0.05,
+                    label="Strength",
+                    elem_id="strength",
+                    min_width=150,
+                )
+                self.masked_content = gr.Dropdown(
+                    MASKED_CONTENT,
+                    value="original",
+                    label="Masked content",
+                    elem_id="masked-content",
+                    min_width=150,
+                )
 
     def _lay_out_results(self) -> None:
         self.status = gr.HTML(
-            notice("Write a prompt, or pick an example, and press Generate (Ctrl+Enter)."),
+            invitation(
+                "Your pictures will appear here",
+                "Write what to draw, or pick an example, and press Generate. Ctrl+Enter does it from anywhere.",
+            ),
             padding=False,
             elem_id="create-status",
         )
@@ -133,7 +158,7 @@ class CreateTab:
             label="Pictures",
             columns=2,
             object_fit="contain",
-            height=520,
+            height="auto",
             elem_id="create-results",
             interactive=False,
             buttons=["download", "fullscreen"],
@@ -141,10 +166,10 @@ class CreateTab:
         self.infotext = gr.Textbox(
             label="Settings of this picture", lines=3, interactive=False, buttons=["copy"], elem_id="create-infotext"
         )
-        with gr.Row():
-            self.to_upscale = gr.Button("Send to Upscale", size="sm", elem_id="send-upscale")
-            self.to_init = gr.Button("Send to init image", size="sm", elem_id="send-init")
-            self.to_info = gr.Button("Send to PNG info", size="sm", elem_id="send-info")
+        with gr.Row(elem_classes="dp-send"):
+            self.to_upscale = gr.Button("Send to Upscale", size="sm", elem_id="send-upscale", min_width=140)
+            self.to_init = gr.Button("Send to init image", size="sm", elem_id="send-init", min_width=140)
+            self.to_info = gr.Button("Send to PNG info", size="sm", elem_id="send-info", min_width=140)
         self.made = gr.State([])  # (path, infotext, seed) of each picture in the gallery
         self.chosen = gr.State(0)
         self.job_id = gr.State("")
@@ -164,7 +189,7 @@ class CreateTab:
         ]
 
     def _wire(self) -> None:
-        inputs = [*self.form, self.count, self.init_image]
+        inputs = [*self.form, self.count, self.init_image, self.masked_content]
         shown = [self.status, self.results, self.infotext, self.made, self.chosen, self.job_id]
         gr.on(
             [self.run.click, self.prompt.submit, self.negative_prompt.submit],
@@ -176,6 +201,7 @@ class CreateTab:
             trigger_mode="once",
         )
         self.stop.click(self._stop, self.job_id, show_progress="hidden")
+        self.init.expand(lambda: gr.update(visible=True), None, self.init_image, show_progress="hidden")
         self.dice.click(lambda: -1, None, self.seed, show_progress="hidden")
         self.reuse_seed.click(self._last_seed, [self.made, self.chosen], self.seed, show_progress="hidden")
         self.results.select(self._choose, self.made, [self.infotext, self.chosen], show_progress="hidden")
@@ -204,6 +230,7 @@ class CreateTab:
         strength: float,
         count: int,
         init_image: dict[str, Any] | None,
+        masked_content: str,
         request: gr.Request,
     ) -> AsyncIterator[tuple[Any, ...]]:
         from diptych.pipelines.generation import GenerationRequest
@@ -227,6 +254,7 @@ class CreateTab:
                 scheduler=None if scheduler == OWN else scheduler,
                 init_image=picture,
                 mask=mask,
+                masked_content=masked_content,
                 strength=float(strength),
             )
             job = self.backend.generate(client_of(request), [wish], keep_for=owner_of(request))

@@ -10,7 +10,7 @@ import gradio as gr
 from diptych.errors import ImageError
 from diptych.infotext import parse_infotext
 from diptych.webui.backend import Backend
-from diptych.webui.page_parts import IDLE, Showcase, notice, owner_of, sentence
+from diptych.webui.page_parts import IDLE, Showcase, invitation, notice, owner_of, sentence, table_html
 from diptych.webui.pictures_in import open_header, read_metadata
 
 PAGE = 24  # pictures at a time
@@ -43,9 +43,14 @@ class LibraryTab:
                     buttons=[],
                 )
                 with gr.Row():
-                    self.newer = gr.Button("← Newer", size="sm", elem_id="library-newer")
-                    self.older = gr.Button("Older →", size="sm", elem_id="library-older")
-            with gr.Column(scale=2, min_width=320):
+                    self.newer = gr.Button("← Newer", size="sm", visible=False, elem_id="library-newer", min_width=120)
+                    self.older = gr.Button("Older →", size="sm", visible=False, elem_id="library-older", min_width=120)
+            with gr.Column(scale=2, min_width=320, elem_classes="dp-detail"):
+                self.hint = gr.HTML(
+                    invitation("No picture is chosen", "Choose one to see how it was made, use it again or delete it."),
+                    padding=False,
+                    elem_id="library-hint",
+                )
                 self.picture = gr.Image(
                     label="Picture",
                     type="filepath",
@@ -57,11 +62,15 @@ class LibraryTab:
                 self.infotext = gr.Textbox(
                     label="Settings", lines=5, interactive=False, buttons=["copy"], elem_id="library-infotext"
                 )
-                with gr.Row():
-                    self.reuse = gr.Button("Use these settings", variant="primary", size="sm", elem_id="library-reuse")
-                    self.to_upscale = gr.Button("Send to Upscale", size="sm", elem_id="library-upscale")
-                with gr.Row():
-                    self.delete = gr.Button("Delete", variant="stop", size="sm", elem_id="library-delete")
+                with gr.Row(elem_classes="dp-actions"):
+                    self.reuse = gr.Button(
+                        "Use these settings", variant="primary", size="sm", elem_id="library-reuse", min_width=140
+                    )
+                    self.to_upscale = gr.Button("Send to Upscale", size="sm", elem_id="library-upscale", min_width=140)
+                    self.delete = gr.Button(
+                        "Delete", variant="stop", size="sm", elem_id="library-delete", min_width=100
+                    )
+                with gr.Row(elem_classes="dp-actions"):
                     self.confirm = gr.Button(
                         "Delete for good", variant="stop", size="sm", visible=False, elem_id="library-confirm"
                     )
@@ -74,7 +83,7 @@ class LibraryTab:
     def _wire(self) -> None:
         quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
         asking = [self.delete, self.confirm, self.keep]
-        self.listing = [self.pictures, self.ids, self.offset, self.status]
+        self.listing = [self.pictures, self.ids, self.offset, self.status, self.newer, self.older]
         chosen = [self.chosen, self.picture, self.infotext, *asking]
         self.search.change(self.first, self.search, self.listing, trigger_mode="always_last", **quiet)
         self.newer.click(self._turn(-PAGE), [self.search, self.offset], self.listing, **quiet)
@@ -92,17 +101,26 @@ class LibraryTab:
 
     def page(self, words: str, offset: int, request: gr.Request) -> tuple[Any, ...]:
         """One page of it."""
-        entries = self.library.search(owner_of(request), words, PAGE, offset)
-        text = "" if entries else "Nothing found." if words else "Nothing here yet: what you create will be kept here."
-        pictures = [(self.showcase.thumbnail(entry), entry.prompt[:60]) for entry in entries if entry.path.exists()]
-        return pictures, [entry.id for entry in entries if entry.path.exists()], offset, notice(text)
+        entries = self.library.search(owner_of(request), words, PAGE + 1, offset)  # one more: is there another page?
+        there = [entry for entry in entries[:PAGE] if entry.path.exists()]
+        if entries:
+            status = IDLE
+        elif words:
+            status = notice(f"Nothing found that has all of these words: {words[:100]}")
+        else:
+            status = invitation("Nothing here yet", "What you create or upscale is kept here.")
+        return (
+            [(self.showcase.thumbnail(entry), entry.prompt[:60]) for entry in there],
+            [entry.id for entry in there],
+            offset,
+            status,
+            gr.update(visible=offset > 0),
+            gr.update(visible=len(entries) > PAGE),
+        )
 
     def _turn(self, step: int) -> Any:
         def turn(words: str, offset: int, request: gr.Request) -> tuple[Any, ...]:
-            target = max(0, offset + step)
-            if step > 0 and not self.library.search(owner_of(request), words, 1, target):
-                return (gr.skip(),) * 4
-            return self.page(words, target, request)
+            return self.page(words, max(0, offset + step), request)
 
         return turn
 
@@ -118,6 +136,9 @@ class LibraryTab:
             self.library.delete(entry.owner, entry.id)
             self.showcase.forget(entry)
         return None, None, "", *_asking(False)
+
+
+_NO_PICTURE = invitation("No picture yet", "Drop a picture to see how it was made, and use its settings.")
 
 
 class InfoTab:
@@ -136,42 +157,51 @@ class InfoTab:
                     elem_id="info-picture",
                 )
             with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(IDLE, padding=False, elem_id="info-status")
+                self.status = gr.HTML(
+                    _NO_PICTURE,
+                    padding=False,
+                    elem_id="info-status",
+                )
                 self.infotext = gr.Textbox(
-                    label="Settings", lines=6, interactive=False, buttons=["copy"], elem_id="info-infotext"
-                )
-                self.reuse = gr.Button("Use these settings", variant="primary", elem_id="info-reuse")
-                self.table = gr.Dataframe(
-                    headers=["Setting", "Value"],
-                    datatype="str",
+                    label="Settings",
+                    lines=4,
                     interactive=False,
-                    label="One by one",
-                    wrap=True,
-                    elem_id="info-table",
+                    buttons=["copy"],
+                    visible=False,
+                    elem_id="info-infotext",
                 )
+                self.reuse = gr.Button("Use these settings", variant="primary", visible=False, elem_id="info-reuse")
+                self.table = gr.HTML(IDLE, padding=False, elem_id="info-table")
         self.picture.change(
             self._read,
             self.picture,
-            [self.status, self.infotext, self.table],
+            [self.status, self.infotext, self.reuse, self.table],
             show_progress="hidden",
             concurrency_limit=None,
         )
 
-    def _read(self, path: str | None) -> tuple[str, str, list[list[str]]]:
+    def _read(self, path: str | None) -> tuple[Any, ...]:
         if path is None:
-            return IDLE, "", []
+            return self._show(_NO_PICTURE)
         try:
             infotext, items = read_metadata(open_header(Path(path), self.limits))
         except ImageError as error:
-            return notice(sentence(error), "error"), "", []
+            return self._show(notice(sentence(error), "error"))
         if not infotext:
-            return notice("This picture says nothing of how it was made."), "", [list(item) for item in items.items()]
+            said = table_html(("In the file", "Value"), list(items.items()))
+            return self._show(notice("This picture says nothing of how it was made."), table=said)
         try:
             info = parse_infotext(infotext)
         except ValueError as error:
-            return notice(sentence(error)), infotext, []
+            return self._show(notice(sentence(error)), infotext)
         prompts = {"Prompt": info.prompt, "Negative prompt": info.negative_prompt}
-        return IDLE, infotext, [list(item) for item in (prompts | info.settings).items()]
+        table = table_html(("Setting", "Value"), list((prompts | info.settings).items()))
+        return self._show(IDLE, infotext, table)
+
+    @staticmethod
+    def _show(status: str, infotext: str = "", table: str = IDLE) -> tuple[Any, ...]:
+        there = bool(infotext)
+        return status, gr.update(value=infotext, visible=there), gr.update(visible=there and bool(table)), table
 
 
 def _asking(sure: bool) -> tuple[Any, Any, Any]:

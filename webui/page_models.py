@@ -9,7 +9,7 @@ import gradio as gr
 
 from diptych.errors import DiptychError
 from diptych.webui.backend import Backend
-from diptych.webui.page_parts import IDLE, client_of, follow, notice, outcome, sentence, stop_job
+from diptych.webui.page_parts import IDLE, client_of, follow, notice, outcome, sentence, stop_job, table_html
 
 
 class ModelsTab:
@@ -22,27 +22,16 @@ class ModelsTab:
                 self.model = gr.Dropdown([], label="Model", elem_id="model")
                 self.load = gr.Button("Load", variant="primary", elem_id="model-load")
                 self.status = gr.HTML(IDLE, padding=False, elem_id="model-status")
-                self.table = gr.Dataframe(
-                    headers=["Loaded", "Memory"],
-                    datatype="str",
-                    interactive=False,
-                    label="In memory",
-                    elem_id="models-loaded",
-                )
+                self.table = gr.HTML(IDLE, padding=False, elem_id="models-loaded")
             with gr.Column(min_width=320):
                 self.official = gr.Dropdown([], label="Official upscalers", elem_id="official")
-                with gr.Row():
-                    self.download = gr.Button("Download", variant="primary", elem_id="official-download")
-                    self.stop = gr.Button("Stop", variant="stop", elem_id="official-stop")
+                with gr.Row(elem_classes="dp-go"):
+                    self.download = gr.Button(
+                        "Download", variant="primary", elem_id="official-download", scale=3, min_width=120
+                    )
+                    self.stop = gr.Button("Stop", variant="stop", elem_id="official-stop", scale=1, min_width=80)
                 self.download_status = gr.HTML(IDLE, padding=False, elem_id="official-status")
-                self.upscalers = gr.Dataframe(
-                    headers=["Upscaler", "Scale", "There"],
-                    datatype="str",
-                    interactive=False,
-                    label="Upscalers",
-                    wrap=True,
-                    elem_id="upscalers-there",
-                )
+                self.upscalers = gr.HTML(IDLE, padding=False, elem_id="upscalers-there")
         self.job_id = gr.State("")
         self.shown = [self.model, self.table, self.official, self.upscalers]
         quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
@@ -61,15 +50,14 @@ class ModelsTab:
         """What is there now."""
         models = self.backend.models
         names = [item.name for item in models.checkpoints()]
-        loaded = [[name, f"{size / 2**20:,.0f} MiB"] for name, size in models.loaded().items()]
+        loaded = [(name, f"{size / 2**20:,.0f} MiB") for name, size in models.loaded().items()]
         absent = models.downloadable()
-        rows = [[item.name, f"{item.scale:g}" if item.scale else "any", "yes"] for item in models.upscalers()]
-        rows += [[name, "", "to download"] for name in absent]
+        rows = [(item.name, "ready") for item in models.upscalers()] + [(name, "to download") for name in absent]
         return (
             gr.update(choices=names, value=models.current.name),
-            loaded or [["nothing yet", ""]],
+            table_html(("In memory", "Size"), loaded) or notice("Nothing is in memory yet."),
             gr.update(choices=absent, value=absent[0] if absent else None),
-            rows,
+            table_html(("Upscaler", ""), rows),
         )
 
     async def _load(self, name: str, request: gr.Request) -> AsyncIterator[str]:

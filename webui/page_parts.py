@@ -33,7 +33,7 @@ IDLE = ""
 
 def client_of(request: gr.Request) -> str:
     """Who a job of the page belongs to: one tab of one browser."""
-    return f"page:{request.session_hash}"
+    return f"page:{owner_of(request)}:{request.session_hash}"
 
 
 def stop_job(queue: JobQueue, job_id: str, request: gr.Request) -> None:
@@ -61,6 +61,20 @@ def notice(text: str, kind: str = "note") -> str:
     """A line of text as HTML; `kind` is note, good or error."""
     role = "alert" if kind == "error" else "status"
     return f'<div class="dp-notice dp-{kind}" role="{role}">{html.escape(text)}</div>' if text else IDLE
+
+
+def invitation(title: str, text: str) -> str:
+    """What stands where there is nothing yet."""
+    return f'<div class="dp-empty"><strong>{html.escape(title)}</strong><span>{html.escape(text)}</span></div>'
+
+
+def table_html(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of text; nothing for no rows."""
+    if not rows:
+        return IDLE
+    head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in headers)
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<table class="dp-table"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def progress_html(job: Job, position: int) -> str:
@@ -125,7 +139,10 @@ class Showcase:
         copy = self._place(entry) / entry.path.name
         if not copy.exists():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(entry.path, copy)
+            try:
+                copy.hardlink_to(entry.path)  # takes no room
+            except OSError:  # another file system
+                shutil.copyfile(entry.path, copy)
         return str(copy)
 
     def thumbnail(self, entry: Entry) -> str:

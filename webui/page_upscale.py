@@ -11,10 +11,10 @@ import gradio as gr
 from diptych.errors import DiptychError
 from diptych.webui.backend import Backend, Upscaling
 from diptych.webui.page_parts import (
-    IDLE,
     Showcase,
     client_of,
     follow,
+    invitation,
     notice,
     outcome,
     owner_of,
@@ -43,9 +43,9 @@ class UpscaleTab:
                     object_fit="contain",
                     elem_id="upscale-pictures",
                 )
-                with gr.Row():
-                    self.run = gr.Button("Upscale", variant="primary", elem_id="upscale-run")
-                    self.stop = gr.Button("Stop", variant="stop", elem_id="upscale-stop")
+                with gr.Row(elem_classes="dp-go"):
+                    self.run = gr.Button("Upscale", variant="primary", elem_id="upscale-run", scale=3, min_width=120)
+                    self.stop = gr.Button("Stop", variant="stop", elem_id="upscale-stop", scale=1, min_width=80)
                 self.upscaler = gr.Dropdown(names, value=names[0], label="Upscaler", elem_id="upscale-upscaler")
                 self.scale = gr.Slider(1, 8, 4, step=0.5, label="Scale", elem_id="upscale-scale")
                 with gr.Accordion("More", open=False):
@@ -63,8 +63,14 @@ class UpscaleTab:
                         label="Denoise",
                         info="only realesr-general-x4v3 listens to it; 0 keeps the noise",
                     )
-            with gr.Column(scale=3, min_width=320):
-                self.status = gr.HTML(IDLE, padding=False, elem_id="upscale-status")
+            with gr.Column(scale=3, min_width=320, elem_classes="dp-results"):
+                self.status = gr.HTML(
+                    invitation(
+                        "Before and after", "Put in one picture or many and press Upscale to compare them here."
+                    ),
+                    padding=False,
+                    elem_id="upscale-status",
+                )
                 self.slider = gr.ImageSlider(
                     label="Before and after",
                     type="filepath",

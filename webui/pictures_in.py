@@ -11,6 +11,7 @@ import io
 import re
 import struct
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -34,6 +35,18 @@ def decode_base64(text: str, limits: Limits, what: str = "the picture") -> Image
     except (binascii.Error, ValueError) as error:
         raise ImageError(f"{what} is not valid base64 ({error}): encode the whole picture file") from error
     return open_picture(io.BytesIO(data), limits, what)
+
+
+def decode_many(named: Sequence[tuple[str, str]], limits: Limits) -> list[Image.Image]:
+    """Pictures from (what it is, base64). Raises ImageError as `decode_base64` does, and for too many pixels in all."""
+    pictures: list[Image.Image] = []
+    for what, text in named:
+        pictures.append(decode_base64(text, limits, what))
+        if sum(picture.width * picture.height for picture in pictures) > limits.request_pixels:
+            raise ImageError(
+                f"the pictures have more pixels in all than the limit of {limits.request_pixels:,}: send fewer at once"
+            )
+    return pictures
 
 
 def open_picture(source: Path | io.BytesIO, limits: Limits, what: str = "the picture") -> Image.Image:

@@ -90,7 +90,12 @@ def build_app(backend: Backend) -> Guard:
     settings, uploads = backend.settings, _gradio_folder()
     app: FastAPI = build_service(backend)
     # Present even when it allows nobody: Gradio then adds no headers of its own.
-    app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origins), allow_methods=["GET", "POST"])
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(settings.cors_origins),
+        allow_methods=["GET", "POST"],
+        allow_headers=["Authorization", "X-Client-Id"],
+    )
     if settings.page:
         _add_page(app, backend, uploads)
     return Guard(app, settings, uploads)

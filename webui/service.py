@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI, Header, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -25,7 +28,7 @@ from diptych.webui.api_docs import docs_page
 from diptych.webui.backend import Backend
 from diptych.webui.catalog import Options, add_catalog
 from diptych.webui.jobs import Job, QueueFull
-from diptych.webui.pictures_in import decode_base64, read_metadata
+from diptych.webui.pictures_in import decode_base64, decode_many, read_metadata
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +101,11 @@ async def _gone(request: Request) -> None:
 
 
 def _add_work(router: APIRouter, backend: Backend, options: Options) -> None:
+    decoding = CapacityLimiter(2)  # pictures take ten times their bytes once they are decoded: two requests at a time
+
     async def draw(body: schemas.Txt2ImgBody | schemas.Img2ImgBody, request: Request, client_id: str | None) -> Any:
         limits = backend.settings.limits
-        wish = await run_in_threadpool(mapping.wish_from, body, limits, options.for_jobs())
+        wish = await run_sync(mapping.wish_from, body, limits, options.for_jobs(), limiter=decoding)
         model = backend.models.checkpoint(wish.model)
         job = backend.generate(
             _client_of(request, client_id),
@@ -146,9 +151,9 @@ def _add_work(router: APIRouter, backend: Backend, options: Options) -> None:
         if len(named) > limits.pictures:
             raise ValueError(f"there are {len(named)} pictures, and the limit is {limits.pictures}")
         how = mapping.upscaling_from(body)
-        pictures = await run_in_threadpool(
-            lambda: [(name, decode_base64(text, limits, name or "the picture")) for name, text in named]
-        )
+        decode = partial(decode_many, [(name or "the picture", text) for name, text in named], limits)
+        decoded = await run_sync(decode, limiter=decoding)
+        pictures = [(name, picture) for (name, _), picture in zip(named, decoded, strict=True)]
         if how is None:
             results, about = [picture for _, picture in pictures], "no upscaler was named: the picture is as it came"
         else:
@@ -180,9 +185,10 @@ def _add_work(router: APIRouter, backend: Backend, options: Options) -> None:
         return Response(status_code=_GONE) if done is None else JSONResponse({"html_info": done[1], "images": done[0]})
 
     @router.post("/png-info", tags=["read"])
-    def png_info(body: schemas.PngInfoBody) -> schemas.PngInfoAnswer:
+    async def png_info(body: schemas.PngInfoBody) -> schemas.PngInfoAnswer:
         """What a picture says of how it was made."""
-        infotext, items = read_metadata(decode_base64(body.image, backend.settings.limits))
+        picture = await run_sync(decode_base64, body.image, backend.settings.limits, limiter=decoding)
+        infotext, items = read_metadata(picture)
         return schemas.PngInfoAnswer(info=infotext, items=items, parameters=_parameters(infotext))
 
 

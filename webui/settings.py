@@ -17,7 +17,10 @@ class Limits:
     """What one request may ask for. A request over a limit is answered with a 4xx that states the limit."""
 
     body_bytes: int = 64 * MIB  # of one HTTP request, as sent
+    json_values: int = 100_000  # in one request: numbers, strings, lists and objects
+    upload_seconds: float = 300  # from the first to the last byte of a request
     picture_pixels: int = 40_000_000  # of one picture that is sent in
+    request_pixels: int = 100_000_000  # of all pictures that one request sends in
     output_pixels: int = 120_000_000  # of one picture that comes out, after upscaling
     size: int = 2048  # of either side that is denoised
     steps: int = 150
