@@ -56,6 +56,7 @@ class Refinement:
         self._first, self._again = pipeline, in_task(pipeline, "Img2Img")
         self._request, self._plan, self._embeddings = request, plan, embeddings
 
+    @torch.no_grad()
     def draw(self, latents: torch.Tensor, seeds: list[int], watch: Watch, cancel: CancelToken | None) -> torch.Tensor:
         """As `draw`, begun from what that made."""
         request, size = self._request, self._plan.refined
@@ -103,6 +104,7 @@ def _output_type(pipeline: Any) -> str:
     return "pt" if looks else "latent"
 
 
+@torch.no_grad()
 def finish(
     pipeline: Any,
     request: GenerationRequest,
