@@ -43,9 +43,11 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program with `argv` (default: the process's own) and returns its exit status."""
+    owns_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in argv if not word.startswith("-")), "")
     args = build_parser(command).parse_args(argv)
+    args.owns_process = owns_process  # and may arrange its modules as it likes
     try:
         return import_module("diptych.commands." + args.command.replace("-", "_")).run(args)
     except (KeyboardInterrupt, Cancelled):

@@ -9,6 +9,8 @@ import importlib.util
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,17 +150,25 @@ def _from_hub(name: str, torch_dtype: torch.dtype) -> Any:
 
 
 def _from_pretrained(cls: Any, where: str | Path, torch_dtype: torch.dtype, **kwargs: Any) -> Any:
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
     try:
-        return cls.from_pretrained(where, dtype=torch_dtype, **kwargs)
+        with quiet_libraries():
+            return cls.from_pretrained(where, dtype=torch_dtype, **kwargs)
     except DiptychError:
         raise
     except Exception as error:  # diffusers, transformers, safetensors and json each have their own for a damaged file
         said = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the model {where} cannot be loaded: {said}") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """diffusers and transformers show no progress bars of their own, and diffusers warns of nothing."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
+    try:
+        yield
     finally:
         diffusers_logging.set_verbosity(verbosity)
         for library in (diffusers_logging, transformers_logging):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from diptych.errors import CheckpointError, ModelNotFound
+from diptych.pipelines.loading import quiet_libraries
 from diptych.upscalers.checkpoints import read_state_dict
 from diptych.upscalers.official import cache_folder
 
@@ -82,7 +83,8 @@ def _load(pipeline: Any, file: Path, name: str) -> None:
     weights = read_state_dict(file)
     _check(pipeline, weights, file)
     try:
-        pipeline.load_lora_weights(weights, adapter_name=name)
+        with quiet_libraries():
+            pipeline.load_lora_weights(weights, adapter_name=name)
     except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
         if name in {n for names in pipeline.get_list_adapters().values() for n in names}:
             pipeline.delete_adapters(name)

@@ -207,6 +207,25 @@ def test_one_prompt_that_fails_does_not_stop_the_others(generate: Any) -> None:
     assert "failed: there is no LoRA called 'missing'" in error
 
 
+UNUSED = {
+    "gradio",
+    "fastapi",
+    "pandas",
+    "sklearn",
+    "skimage",
+    "torchvision",
+    "scipy.stats._stats_py",  # a stand-in has the module's name, and none of its parts
+    "scipy.optimize._optimize",
+    "scipy.integrate._quadrature",
+    "torch._dynamo.convert_frame",
+    "torch._inductor",
+    "torch.distributed.tensor",
+    "torch.distributed.fsdp",
+    "diptych.training",
+    "diptych.pipelines.train",
+}
+
+
 def test_a_fresh_process_draws_without_network_and_prints_nothing_but_the_path(
     tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +234,11 @@ def test_a_fresh_process_draws_without_network_and_prints_nothing_but_the_path(
         "import socket\n"
         "def refuse(*a, **k): raise SystemExit('the network was asked')\n"
         "socket.socket.connect = refuse\nsocket.getaddrinfo = refuse\n"
+        # What a picture does not need is not loaded, whoever asks for it while libraries are imported.
+        "import atexit, os, sys\n"
+        f"unused = {UNUSED}\n"
+        "end = lambda: print('loaded:', *unused.intersection(sys.modules), file=open('loaded.txt', 'w'))\n"
+        "'diptych' in sys.orig_argv and atexit.register(end)\n"
     )
     root = Path(__file__).resolve().parent.parent
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
@@ -223,3 +247,4 @@ def test_a_fresh_process_draws_without_network_and_prints_nothing_but_the_path(
     command = [sys.executable, "-m", "diptych", "generate", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "outputs/a-cat-1.png\n", "")
+    assert (tmp_path / "loaded.txt").read_text().split() == ["loaded:"]

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _FIELDS = (
     "scheduler",
     "clip_skip",
     "strength",
+    "refine",
+    "refine_steps",
     "noise_device",
 )
 
@@ -52,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="enlarge F times with the GAN (default: its own scale if no --size is given)",
     )
     grow.add_argument("--no-upscale", dest="upscale", action="store_const", const=1.0, help="do not enlarge")
+    add("--refine", type=float, metavar="X", help="draw the enlarged picture anew to this extent, 0 to 1 (hires. fix)")
+    add("--refine-steps", type=int, metavar="K", help="denoising steps of that (default: X times --steps)")
     add("--model", metavar="DIR|FILE|HUB-ID", help="(default: the embedded model)")
     add("--upscaler", metavar="NAME|FILE", help="in place of the model's own (see `diptych models list`)")
     add("--init", metavar="IMAGE", help="begin from this picture")
@@ -74,6 +79,10 @@ def run(args: argparse.Namespace) -> int:
     """Draws all prompts and writes the pictures. Returns 0, or 1 if some of several prompts failed."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it tells at its import what it does not find
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if args.owns_process and not args.compile:
+        from diptych.pipelines.lean import start_lean
+
+        start_lean()
     fields, notes = _fields(args)
     prompts = args.prompt or [fields.pop("prompt", "")]
     fields.pop("prompt", None)
@@ -98,13 +107,14 @@ def run(args: argparse.Namespace) -> int:
     for request in requests:
         try:
             with _ProgressLine(request.prompt) as line:
-                for picture in generate(pipeline, request, progress=line):
+                name = partial(target.file_for, request.prompt)
+                for picture in generate(pipeline, request, progress=line, file_for=name):
                     line.clear()
                     for note in picture.notes:
                         if note not in told:
                             _say(note)
                             told.add(note)
-                    _report(target.write(picture, request), request, picture, args.json)
+                    _report(request, picture, args.json)
         except DiptychError as error:
             if len(requests) == 1:
                 raise
@@ -171,21 +181,9 @@ class _Target:
         if not os.access(self._folder, os.W_OK):
             raise DiptychError(f"the folder {self._folder} cannot be written to")
 
-    def write(self, picture: GeneratedPicture, request: GenerationRequest) -> Path:
-        """Writes a PNG with the parameters inside; raises DiptychError if it cannot."""
-        from PIL import PngImagePlugin
-
-        from diptych.upscalers.files import atomic_path
-
-        text = PngImagePlugin.PngInfo()
-        text.add_text("parameters", picture.infotext)
-        path = self._file or next(p for p in self._names(request.prompt, picture.seed) if not p.exists())
-        try:
-            with atomic_path(path) as temporary:
-                picture.image.save(temporary, pnginfo=text)
-        except OSError as error:
-            raise DiptychError(f"{path} cannot be written: {error.strerror or error}") from error
-        return path
+    def file_for(self, prompt: str, seed: int) -> Path:
+        """The file for a picture of `prompt`."""
+        return self._file or next(path for path in self._names(prompt, seed) if not path.exists())
 
     def _names(self, prompt: str, seed: int) -> Iterator[Path]:
         words = re.sub(r"[^a-z0-9]+", "-", re.sub(r"<[^>]*>", "", prompt.lower())).strip("-")[:48].rstrip("-")
@@ -221,12 +219,12 @@ class _ProgressLine:
             print("\r\033[K", end="", file=sys.stderr)
 
 
-def _report(path: Path, request: GenerationRequest, picture: GeneratedPicture, as_json: bool) -> None:
+def _report(request: GenerationRequest, picture: GeneratedPicture, as_json: bool) -> None:
     if not as_json:
-        print(path, flush=True)
+        print(picture.path, flush=True)
         return
     line = {
-        "path": str(path),
+        "path": str(picture.path),
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt,
         "seed": picture.seed,
