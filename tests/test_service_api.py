@@ -95,6 +95,31 @@ def test_hires_enlarges_with_the_network_and_refines(http):
     assert plain["images"] != refined["images"]
 
 
+def test_hires_in_a_latent_mode_enlarges_the_latents_and_draws_them_anew(http):
+    modes = [item["name"] for item in http.get(BASE + "latent-upscale-modes").json()]
+    assert modes[0] == "Latent" and len(modes) == 6
+    answers = {
+        mode: post(http, "txt2img", **small(enable_hr=True, hr_scale=2, hr_upscaler=mode, denoising_strength=0.6))
+        for mode in ("Latent", "latent (nearest)", "None")
+    }
+    assert len({answer["images"][0] for answer in answers.values()}) == 3
+    info = json.loads(answers["Latent"]["info"])
+    assert opened(answers["Latent"]["images"][0]).size == (128, 128) and info["denoising_strength"] == 0.6
+    assert "Hires upscale: 2, Hires steps: 2, Hires upscaler: Latent" in info["infotexts"][0]
+
+
+@pytest.mark.parametrize("strength, steps", [(0.001, 1), (0.05, 3), (1, 3)])
+def test_hires_takes_as_many_steps_as_are_asked_for_at_any_strength(http, strength, steps):
+    body = small(enable_hr=True, hr_scale=2, hr_second_pass_steps=3, denoising_strength=strength)
+    assert f"Hires steps: {steps}," in json.loads(post(http, "txt2img", **body)["info"])["infotexts"][0]
+
+
+def test_a_seed_is_a_picture_with_hires_too(http):
+    hires = {"enable_hr": True, "hr_scale": 2, "denoising_strength": 0.5}
+    pair, alone = post(http, "txt2img", **small(n_iter=2, **hires)), post(http, "txt2img", **small(seed=8, **hires))
+    assert pair["images"][1] == alone["images"][0]
+
+
 def test_hires_to_a_size_enlarges_as_far_as_that(http):
     answer = post(http, "txt2img", **small(enable_hr=True, hr_resize_x=192, hr_resize_y=0, denoising_strength=0))
     assert opened(answer["images"][0]).size == (192, 192)
@@ -325,7 +350,7 @@ LISTS = {
     "samplers": [{"name", "aliases", "options"}],
     "schedulers": [{"name", "label", "aliases", "default_rho", "need_inner_model"}],
     "upscalers": [{"name", "model_name", "model_path", "model_url", "scale"}],
-    "latent-upscale-modes": [], "sd-vae": [], "hypernetworks": [], "face-restorers": [], "prompt-styles": [],
+    "latent-upscale-modes": [{"name"}], "sd-vae": [], "hypernetworks": [], "face-restorers": [], "prompt-styles": [],
     "realesrgan-models": [], "loras": [],
 }  # fmt: skip
 

@@ -118,6 +118,13 @@ WISHES = {
     "too large a picture": ({"width": 520, "height": 520}, 422, "the limit is 512"),
     "too many pictures": ({"batch_size": 2, "n_iter": 3}, 422, "the limit is 4"),
     "too large a result": ({"enable_hr": True, "width": 512, "height": 512, "hr_scale": 8}, 422, "4,000,000"),
+    "too large a second pass": ({"enable_hr": True, "width": 256, "height": 256, "hr_scale": 4}, 422, "limit is 512"),
+    "too many steps the second time": ({"enable_hr": True, "hr_second_pass_steps": 61}, 422, "the limit is 60"),
+    "a latent mode without a second pass": (
+        {"enable_hr": True, "hr_upscaler": "Latent", "denoising_strength": 0},
+        422,
+        "denoising_strength above 0",
+    ),
     "too long a prompt": ({"prompt": "🍎" * 10_001}, 422, "the limit is 10,000"),
     "negative steps": ({"steps": -1}, 422, "greater than or equal to 1"),
     "a negative size": ({"width": -64}, 422, "greater than or equal to 8"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,6 @@ if TYPE_CHECKING:
 
 
 _UNITS = 1000  # in which the progress of a job is counted
-
-
-# A second pass over a picture that was enlarged more than this repeats the subject: there the GAN has the last word.
-_REFINED = 2.0
 
 
 @dataclass(frozen=True)
@@ -65,29 +60,6 @@ class Upscaling:
             return self.scale
         ratios = (self.size[0] / size[0], self.size[1] / size[1])
         return max(ratios) if self.crop else min(ratios)
-
-
-@dataclass(frozen=True)
-class Refining:
-    """A second pass over the enlarged picture (Automatic1111's hires. fix)."""
-
-    strength: float
-    steps: int | None = None  # None: as many as the first pass
-
-    def request(self, first: GenerationRequest, picture: GeneratedPicture) -> GenerationRequest:
-        """What is asked of the model the second time."""
-        return replace(
-            first,
-            seed=picture.seed,
-            count=1,
-            batch_size=1,
-            steps=self.steps or first.steps,
-            init_image=picture.image,
-            width=picture.image.width,
-            height=picture.image.height,
-            strength=self.strength,
-            upscale=1,
-        )
 
 
 class Backend:
@@ -139,7 +111,6 @@ class Backend:
         *,
         model: str | None = None,
         upscaler: str | None = None,
-        refine: Refining | None = None,
         finish: Callable[[int, Image.Image], Image.Image] | None = None,
         keep_for: str | None = None,
         job_id: str | None = None,
@@ -163,9 +134,9 @@ class Backend:
             pipeline = self.models.pipeline(checkpoint, upscaler)
             before = 0
             for request in requests:  # the model decides on a size that was not given
-                _check_result(plan_sizes(pipeline, request).final, self.settings.limits)
+                _check_result(plan_sizes(pipeline, request).final, request.refine, self.settings.limits)
             for index, request in enumerate(requests):
-                for picture in _draw(pipeline, request, refine, _Share(job, before, total)):
+                for picture in _draw(pipeline, request, job, before, total):
                     if finish is not None:
                         picture = replace(picture, image=finish(index, picture.image))
                     made = Made(picture.image, picture.infotext, picture.seed, notes=tuple(picture.notes))
@@ -222,91 +193,39 @@ class Backend:
         return replace(made, entry=self.library.save(made.image, made.infotext, keep_for, name))
 
 
-class _Share:
-    """What a part of a job reports, as a share of the whole: pictures `before` .. of `total`."""
-
-    def __init__(self, job: Job, before: int, total: int) -> None:
-        self.job, self.before, self.total = job, before, total
-
-    def progress(self, pictures: int, start: float = 0.0, end: float = 1.0) -> Callable[[int, int], None]:
-        """A progress callback for the next `pictures` pictures, of which it does the part from `start` to `end`."""
-        first = self.before
-
-        def report(done: int, total: int) -> None:
-            part = start + (end - start) * done / max(total, 1)
-            self.job.progress(round(_UNITS * (first + pictures * part) / self.total), _UNITS)
-
-        return report
-
-
-def _draw(
-    pipeline: Any, request: GenerationRequest, refine: Refining | None, share: _Share
-) -> Iterator[GeneratedPicture]:
-    """All pictures of a request. One that is skipped is left out, with the others of its batch."""
-    from diptych.pipelines.generation import generate, plan_sizes
-
-    job = share.job
+def _draw(pipeline: Any, request: GenerationRequest, job: Job, before: int, total: int) -> Iterator[GeneratedPicture]:
+    """All pictures of a request, `before` of `total` being made. One that is skipped is left out, with its batch."""
+    from diptych.pipelines.generation import generate
 
     def preview(pictures: list[Image.Image]) -> None:
         job.preview = pictures[0]
 
-    if refine is not None and plan_sizes(pipeline, request).factor > _REFINED:
-        refine = None
     seed = random.randrange(2**32 - request.count) if request.seed is None else request.seed
     done = 0
     while done < request.count:
-        batch = min(request.batch_size, request.count - done)
-        job.note = f"drawing picture {share.before + 1} of {share.total}" if share.total > 1 else "drawing"
+        batch, first = min(request.batch_size, request.count - done), before + done
+        job.note = f"drawing picture {first + 1} of {total}" if total > 1 else "drawing"
+
+        def progress(step: int, steps: int, first: int = first, batch: int = batch) -> None:
+            job.progress(round(_UNITS * (first + batch * step / max(steps, 1)) / total), _UNITS)
+
         wish = replace(request, seed=seed + done, count=batch)
-        first_end = 1.0 if refine is None else 0.5
         try:
-            for number, picture in enumerate(
-                generate(
-                    pipeline,
-                    wish,
-                    progress=share.progress(batch, 0, first_end),
-                    cancel=job.skip_token,
-                    preview=preview,
-                    preview_every=1,
-                )
-            ):
-                if refine is not None:
-                    job.note = "refining"
-                    part = (1 - first_end) / batch
-                    start = first_end + number * part
-                    with _without_upscaler(pipeline):
-                        (picture,) = generate(
-                            pipeline,
-                            refine.request(wish, picture),
-                            progress=share.progress(batch, start, start + part),
-                            cancel=job.skip_token,
-                            preview=preview,
-                            preview_every=1,
-                        )
-                yield picture
+            yield from generate(
+                pipeline, wish, progress=progress, cancel=job.skip_token, preview=preview, preview_every=1
+            )
         except Cancelled:
             if job.cancelling.is_set():
                 raise
             job.skipping.clear()
         done += batch
-        share.before += batch
-
-
-@contextmanager
-def _without_upscaler(pipeline: Any) -> Iterator[None]:
-    """Within it, the model draws at the size that is asked for."""
-    upscaler = pipeline.upscaler
-    pipeline.register_modules(upscaler=None)
-    try:
-        yield
-    finally:
-        pipeline.register_modules(upscaler=upscaler)
 
 
 def check_limits(requests: Sequence[GenerationRequest], limits: Limits) -> None:
     """Raises ValueError, stating the limit, if the requests ask for more than one may."""
     for name, value, limit in (
         ("steps", max(request.steps for request in requests), limits.steps),
+        ("refine steps", max(request.refine_steps or 0 for request in requests), limits.steps),
         ("the number of pictures", sum(request.count for request in requests), limits.pictures),
         ("width", max(request.width or 0 for request in requests), limits.size),
         ("height", max(request.height or 0 for request in requests), limits.size),
@@ -324,13 +243,18 @@ def check_limits(requests: Sequence[GenerationRequest], limits: Limits) -> None:
             raise ValueError("the prompt has halves of characters in it (lone surrogates): send whole ones")
         if request.width and request.height:
             upscale = request.upscale or 1
-            _check_result((round(request.width * upscale), round(request.height * upscale)), limits)
+            _check_result((round(request.width * upscale), round(request.height * upscale)), request.refine, limits)
 
 
-def _check_result(size: tuple[int, int], limits: Limits) -> None:
+def _check_result(size: tuple[int, int], refine: float | None, limits: Limits) -> None:
     if size[0] * size[1] > limits.output_pixels:
         sides = f"{size[0]} x {size[1]}"
         raise ValueError(f"the picture would have {sides} pixels, and the limit is {limits.output_pixels:,}")
+    if refine and max(size) > limits.size:
+        raise ValueError(
+            f"the second pass would draw a side of {max(size):,} pixels, and the limit is {limits.size:,}: "
+            "enlarge less, or leave the second pass out"
+        )
 
 
 def _blend(layers: list[Image.Image], visibility: float) -> Image.Image:

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter
 
 from diptych.errors import ModelNotFound
+from diptych.pipelines.latents import LATENT_MODES
 from diptych.upscalers.official import OFFICIAL
 from diptych.webui import schemas
 from diptych.webui.backend import Backend
@@ -160,8 +161,8 @@ def add_catalog(router: APIRouter, backend: Backend, options: Options) -> None:
 
     @router.get("/latent-upscale-modes", tags=["lists"])
     def latent_upscale_modes() -> list[schemas.NamedItem]:
-        """None: the GAN enlarges pictures, not latents."""
-        return []
+        """What `hr_upscaler` takes besides networks: these enlarge latents, and leave the rest to the second pass."""
+        return [schemas.NamedItem(name=name) for name in LATENT_MODES]
 
     @router.get("/sd-vae", tags=["lists"])
     def sd_vae() -> list[schemas.VaeItem]:

@@ -21,15 +21,17 @@ from diptych import __version__
 from diptych.errors import ImageError, ModelNotFound
 from diptych.infotext import Infotext, parse_infotext
 from diptych.pipelines.generation import GenerationRequest
+from diptych.pipelines.latents import latent_mode
 from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.pipelines.schedulers import SAMPLERS, SCHEDULE_TYPES
 from diptych.webui import schemas
-from diptych.webui.backend import Made, Refining, Upscaling
+from diptych.webui.backend import Made, Upscaling
 from diptych.webui.pictures_in import decode_base64, decode_many
 from diptych.webui.settings import Limits
 
 _NO_SCHEDULE = ("", "automatic", "use same scheduler")
 _NONE = ("", "none")
+_NOISE_LEVELS = 1000  # that models are trained with: so many steps there are in all
 
 
 class ScriptNotFound(ValueError):
@@ -60,7 +62,6 @@ class Wish:
     requests: Sequence[GenerationRequest]
     model: str | None = None
     upscaler: str | None = None
-    refine: Refining | None = None
     regions: Sequence[Region | None] = ()
 
     def finish(self, index: int, picture: Image.Image) -> Image.Image:
@@ -212,7 +213,7 @@ def info_from(wish: Wish, results: Sequence[Made], model: str) -> str:
         "sd_vae_hash": None,
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
-        "denoising_strength": request.strength if request.init_image else None,
+        "denoising_strength": request.strength if request.init_image else request.refine,
         "extra_generation_params": {key: value for key, value in said.items() if key not in _USUAL},
         "index_of_first_image": 0,
         "infotexts": [made.infotext for made in results],
@@ -310,10 +311,15 @@ def _txt2img(body: schemas.Txt2ImgBody, request: GenerationRequest, model: str |
         scale = max((body.hr_resize_x or 0) / width, (body.hr_resize_y or 0) / height)
     if not 0 < scale <= 16:
         raise ValueError(f"the second pass would enlarge {scale:g} times, and 16 is the most")
-    named, strength = body.hr_upscaler, body.denoising_strength or 0
-    refine = Refining(strength, body.hr_second_pass_steps or None) if strength else None
-    upscaler = None if named is None or named.lower() in _NONE else named
-    return Wish([replace(request, upscale=scale)], model, upscaler, refine)
+    named, strength = body.hr_upscaler, body.denoising_strength
+    strength = strength if strength and strength >= 1 / _NOISE_LEVELS else None
+    mode = latent_mode(named)
+    if mode is not None and strength is None:
+        raise ValueError(f"hr_upscaler {mode} only blurs without a second pass: give a denoising_strength above 0")
+    steps = min(body.hr_second_pass_steps or request.steps, max(1, int(_NOISE_LEVELS * (strength or 0))))
+    second = {"refine": strength, "refine_steps": steps} if strength else {}
+    upscaler = None if mode is not None or named is None or named.lower() in _NONE else named
+    return Wish([replace(request, upscale=scale, latent_mode=mode, **second)], model, upscaler)
 
 
 def _img2img(body: schemas.Img2ImgBody, request: GenerationRequest, model: str | None, limits: Limits) -> Wish:

@@ -99,14 +99,23 @@ class CreateTab:
                 elem_id="size",
                 min_width=150,
             )
+            self.scheduler = gr.Dropdown(
+                [OWN, *self.backend.models.samplers()],
+                value=OWN,
+                label="Scheduler",
+                info="how the noise is removed",
+                elem_id="scheduler",
+                min_width=150,
+            )
+        with gr.Row():
             self.upscale = gr.Slider(
                 1, 8, 4, step=0.5, label="Upscale", info="1: leave it", elem_id="upscale", min_width=150
             )
+            self.refine = gr.Slider(
+                0, 1, 0, step=0.05, label="Refine", info="how much is redrawn", elem_id="refine", min_width=150
+            )
         with gr.Row():
             self.count = gr.Slider(1, most_pictures, 1, step=1, label="Count", elem_id="count", min_width=150)
-            self.scheduler = gr.Dropdown(
-                [OWN, *self.backend.models.samplers()], value=OWN, label="Scheduler", elem_id="scheduler", min_width=150
-            )
 
     def _lay_out_init_image(self) -> None:
         with gr.Accordion("Start from a picture", open=False, elem_id="init") as self.init:
@@ -184,6 +193,7 @@ class CreateTab:
             self.guidance_scale,
             self.size,
             self.upscale,
+            self.refine,
             self.scheduler,
             self.strength,
         ]
@@ -226,6 +236,7 @@ class CreateTab:
         guidance_scale: float,
         size: str,
         upscale: float,
+        refine: float,
         scheduler: str,
         strength: float,
         count: int,
@@ -239,6 +250,8 @@ class CreateTab:
         try:
             if not prompt.strip():
                 raise ValueError("the prompt is empty: say what to draw")
+            if refine and upscale == 1:
+                raise ValueError("refine draws the enlarged picture anew: set upscale above 1, or refine to 0")
             picture, mask = _picture_and_mask(init_image)
             width, height = _sides(size)
             wish = GenerationRequest(
@@ -251,6 +264,7 @@ class CreateTab:
                 width=width,
                 height=height,
                 upscale=float(upscale),
+                refine=float(refine) or None,
                 scheduler=None if scheduler == OWN else scheduler,
                 init_image=picture,
                 mask=mask,
@@ -312,7 +326,9 @@ def fields_from(info: Infotext) -> list[Any]:
         except (KeyError, ValueError, OverflowError):
             return gr.skip()
 
-    upscale = number("Postprocess upscale by" if "Postprocess upscale by" in said else "Hires upscale")
+    hires = "Hires upscale" in said
+    upscale = number("Hires upscale" if hires else "Postprocess upscale by")
+    strength = number("Denoising strength")
     kind = said.get("Schedule type", "Automatic")
     sampler = said.get("Sampler")
     return [
@@ -323,8 +339,9 @@ def fields_from(info: Infotext) -> list[Any]:
         number("CFG scale"),
         said.get("Size", OWN),
         upscale if isinstance(upscale, float) else 1,
+        (strength if isinstance(strength, float) else gr.skip()) if hires else 0,
         gr.skip() if sampler is None else sampler if kind == "Automatic" else f"{sampler} {kind}",
-        number("Denoising strength"),
+        gr.skip() if hires else strength,
     ]
 
 

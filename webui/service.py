@@ -112,7 +112,6 @@ def _add_work(router: APIRouter, backend: Backend, options: Options) -> None:
             wish.requests,
             model=model.name,
             upscaler=wish.upscaler,
-            refine=wish.refine,
             finish=wish.finish,
             keep_for=getattr(request.state, "owner", "") if body.save_images else None,
             job_id=body.force_task_id,
