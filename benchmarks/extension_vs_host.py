@@ -1,6 +1,6 @@
 """The extension's way of upscaling against the hosts' own, on the same weights and picture, in one run.
 
-    python benchmarks/extension_vs_host.py [--size 512] [--network rrdb|compact] [--blocks 23] [--repeats 3]
+    python benchmarks/extension_vs_host.py [--size 512] [--networks rrdb23 srvgg32] [--file WEIGHTS] [--repeats 3]
 
 The hosts' way is written here from what they do: spandrel's network in fp32, tiles of 192 pixels that overlap by 8,
 each rounded to 8 bits, joined by a linear ramp over the overlap. Without spandrel our own network of the same weights
@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +27,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diptych.upscalers.checkpoints import load_network_file
-from diptych.upscalers.networks import Network, RRDBNet, SRVGGNetCompact, load_network
-from diptych.upscalers.upscaler import Upscaler
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from upscale_vs_peers import DEPTHS, random_weights
+
+from diptych.upscalers import Network, Upscaler, load_network_file
 
 TILE, OVERLAP = 192, 8  # the hosts' defaults
 
@@ -35,13 +38,21 @@ TILE, OVERLAP = 192, 8  # the hosts' defaults
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=512, help="side of the picture in pixels")
-    parser.add_argument("--network", choices=("rrdb", "compact"), default="rrdb")
-    parser.add_argument("--blocks", type=int, help="blocks of the RRDBNet (23), convolutions of the compact one (32)")
+    parser.add_argument("--networks", nargs="+", default=["rrdb23", "srvgg32"], choices=DEPTHS, help="random weights")
     parser.add_argument("--file", type=Path, help="a file of weights instead of random ones")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.file:
+        compare(load_network_file(args.file), args)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.networks:
+            random_weights(name, Path(folder, "weights.pth"))
+            compare(load_network_file(Path(folder, "weights.pth")), args)
 
-    network = load_network_file(args.file) if args.file else random_network(args.network, args.blocks)
+
+def compare(network: Network, args: argparse.Namespace) -> None:
+    """Prints the table of one network."""
     picture = test_picture(args.size)
     hosts_module, hosts_name = hosts_network(network)
     with torch.inference_mode():
@@ -66,7 +77,7 @@ def main() -> None:
 
     threads = torch.get_num_threads()
     what = f"{network.architecture} x{network.scale}, {args.size}x{args.size}"
-    print(f"{what}, {threads} threads, torch {torch.__version__}")
+    print(f"\n{what}, {threads} threads, torch {torch.__version__}")
     print(f"{'':44} {'seconds':>8} {'ratio':>6} {'PSNR dB':>8} {'error at seams':>15} {'elsewhere':>10}")
     base = statistics.median(times[ways[0][0]])
     for name, _ in ways:
@@ -77,14 +88,6 @@ def main() -> None:
         print(
             f"{name:44} {seconds:8.2f} {seconds / base:6.2f} {decibels:8.1f} {at * 255:15.2f} {elsewhere * 255:10.2f}"
         )
-
-
-def random_network(kind: str, blocks: int | None) -> Network:
-    """Random weights, the same every time, of the sizes that the official files have."""
-    torch.manual_seed(0)
-    if kind == "compact":
-        return load_network(SRVGGNetCompact(num_conv=32 if blocks is None else blocks).state_dict())
-    return load_network(RRDBNet(num_block=23 if blocks is None else blocks).state_dict())
 
 
 def hosts_network(network: Network) -> tuple[nn.Module, str]:

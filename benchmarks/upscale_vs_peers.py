@@ -65,7 +65,7 @@ def main() -> None:
         for name in args.networks:
             weights = args.weights or str(Path(folder, f"{name}.pth"))
             if not args.weights:
-                _random_weights(name, Path(weights))
+                random_weights(name, Path(weights))
             compare(name, weights, picture, args)
     if args.device == "cpu" and args.isa and limit == "all":
         print(flush=True)
@@ -198,7 +198,7 @@ def one(runner: str, name: str, weights: str, picture: str, device: str) -> None
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def _random_weights(name: str, path: Path) -> None:
+def random_weights(name: str, path: Path) -> None:
     """A checkpoint as Real-ESRGAN writes it, whose output looks like its input, somewhat changed."""
     torch.manual_seed(0)
     rrdb = name.startswith("rrdb")

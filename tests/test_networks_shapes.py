@@ -212,3 +212,13 @@ def test_a_promise_of_huge_layers_is_refused_before_memory_is_spent():
 def test_impossible_hyperparameters_are_a_value_error(build, wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
         build(**wrong)
+
+
+@pytest.mark.parametrize(("scale", "size"), [(4, (100, 300)), (2, (200, 520)), (1, (20, 64))])
+def test_an_rrdbnet_gives_the_same_in_bands_as_it_trains_with_in_one_piece(scale, size):
+    torch.manual_seed(0)
+    network = RRDBNet(scale=scale, num_feat=8, num_block=1, num_grow_ch=4)
+    x = torch.rand(1, 3, *size)
+    with torch.no_grad():
+        in_bands = network(x)
+    assert (in_bands - network(x)).abs().max() <= 1e-6

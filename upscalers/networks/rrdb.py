@@ -19,6 +19,8 @@ from diptych.errors import UnknownArchitecture
 
 from .descriptor import Architecture, Layout, Network, StateDict, receptive_radius
 
+_BAND = 1 << 13  # pixels of features that are enlarged at once
+
 
 class ResidualDenseBlock(nn.Module):
     """Five convolutions, each seeing the outputs of all before it; a fifth of the result is added to the input."""
@@ -89,6 +91,7 @@ class RRDBNet(nn.Module):
             self.add_module(f"conv_up{number}", nn.Conv2d(num_feat, num_feat, 3, padding=1))
         self.conv_hr = nn.Conv2d(num_feat, num_feat, 3, padding=1)
         self.conv_last = nn.Conv2d(num_feat, num_out_ch, 3, padding=1)
+        self._last_radius = receptive_radius(self._last_steps(), 2**doublings)
 
     @property
     def up_convolutions(self) -> list[nn.Module]:
@@ -98,18 +101,35 @@ class RRDBNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         features = self.conv_first(self.fold(x))
         features = features + self.conv_body(self.body(features))
+        compiling: Any = getattr(torch.compiler, "is_compiling", bool)  # a loop of unknown length; torch 2.1 cannot say
+        if torch.is_grad_enabled() or compiling():
+            return self._enlarged(features)
+        # In bands of rows, since what is enlarged takes five times the memory of all that comes before.
+        factor, radius = 2**self.doublings, self._last_radius
+        rows = max(_BAND // (len(features) * features.shape[3]), 8)
+        bands = []
+        for start in range(0, features.shape[2], rows):
+            first, last = max(start - radius, 0), min(start + rows + radius, features.shape[2])
+            band = self._enlarged(features[:, :, first:last])
+            bands.append(band[:, :, (start - first) * factor :][:, :, : rows * factor])
+        return torch.cat(bands, 2)
+
+    def _enlarged(self, features: torch.Tensor) -> torch.Tensor:
         for convolution in self.up_convolutions:
-            features = functional.leaky_relu(convolution(self.upsample(features)), 0.2)
-        return self.conv_last(functional.leaky_relu(self.conv_hr(features), 0.2))
+            features = functional.leaky_relu(convolution(self.upsample(features)), 0.2, inplace=True)
+        return self.conv_last(functional.leaky_relu(self.conv_hr(features), 0.2, inplace=True))
+
+    def _last_steps(self) -> Iterator[nn.Module]:
+        for convolution in self.up_convolutions:
+            yield from (self.upsample, convolution)
+        yield from (self.conv_hr, self.conv_last)
 
     def longest_path(self) -> Iterator[nn.Module]:
         """The modules on the way of a pixel through every convolution, in order."""
         yield from (self.fold, self.conv_first)
         yield from (module for module in self.body.modules() if isinstance(module, nn.Conv2d))
         yield self.conv_body
-        for convolution in self.up_convolutions:
-            yield from (self.upsample, convolution)
-        yield from (self.conv_hr, self.conv_last)
+        yield from self._last_steps()
 
 
 _TRUNK_KEYS = (
