@@ -106,10 +106,10 @@ def measure(row: str, args: argparse.Namespace, picture_file: str) -> dict[str, 
     middle = statistics.median
     figures = {"text": middle(texts), "step": middle(steps), "decode": middle(decodes), "whole": middle(wholes)}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return figures | {"peak": _peak(device) / 2**30, "dtype": str(dtype).removeprefix("torch."), "device": card}
+    return figures | {"peak": peak_bytes(device) / 2**30, "dtype": str(dtype).removeprefix("torch."), "device": card}
 
 
-def _peak(device: Any) -> int:
+def peak_bytes(device: Any) -> int:
     """Bytes: of a GPU what torch held at most, else the process's resident memory at its highest."""
     import torch
 

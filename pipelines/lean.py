@@ -41,7 +41,7 @@ class _Later(ModuleType):
 
     def run(self) -> None:
         """Becomes the module itself."""
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         spec = self.__spec__
         assert spec is not None and spec.loader is not None
         spec.loader.exec_module(self)
