@@ -84,6 +84,33 @@ def test_creating_shows_progress_a_preview_and_the_picture_with_its_settings(pag
     page.screenshot(path=SHOTS / "create.png", full_page=True)
 
 
+def test_an_empty_page_invites_with_examples_and_shows_nothing_that_has_no_use_yet(page):
+    expect(page.locator("#create-status")).to_contain_text("Your pictures will appear here")
+    for name in ("stop", "create-results", "create-infotext", "send-upscale", "init-image"):
+        expect(page.locator(f"#{name}")).to_be_hidden()
+    page.locator("#examples").get_by_text("apple").click()
+    expect(page.locator("#prompt textarea")).to_have_value("apple")
+
+
+def test_what_is_painted_over_is_drawn_anew_from_the_content_that_is_chosen(page):
+    create(page, "a red cat")
+    made(page)
+    page.locator("#send-init").click()
+    canvas = page.locator("#init-image canvas").first
+    expect(canvas).to_be_visible()
+    choose(page, "masked-content", "fill")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 20, y)
+    page.mouse.down()
+    page.mouse.move(x + 20, y, steps=5)
+    page.mouse.up()
+    set_number(page, "strength", 0.5)
+    page.locator("#generate").click()
+    expect(page.locator("#create-infotext textarea")).to_have_value(re.compile("Masked content: fill"))
+
+
 def test_stop_ends_the_job_within_a_step(page, web_server):
     create(page, "a red cat", steps=60, count=4)
     expect(page.locator("#create-status .dp-preview")).to_be_visible()
