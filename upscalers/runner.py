@@ -31,7 +31,7 @@ _HALO = 32
 def halo_of(network: Network) -> int:
     """Input pixels to read around a tile: the receptive radius, which makes tiles exact, up to 72 pixels.
 
-    Beyond that (RRDBNet with 23 blocks: 348), or where it is unknown, 32; docs/upscaling.md has the error of it.
+    Beyond that (RRDBNet with 23 blocks: 349), or where it is unknown, 32; docs/upscaling.md has the error of it.
     """
     radius = network.radius
     return radius if radius is not None and radius <= _LARGEST_EXACT_HALO else _HALO
