@@ -35,6 +35,7 @@ class _Failed(Exception):
     """A decode or encode that went wrong in a way that more precision may mend."""
 
 
+@torch.no_grad()
 def decode_rows(
     vae: Any,
     latents: torch.Tensor,

@@ -139,20 +139,20 @@ class Finish:
         first = super().__call__  # type: ignore[misc]
         self.notes = []
         try:
-            with checked_decode(getattr(self, "vae", None), self.notes):
-                if upscale is None:
-                    output = first(*args, return_dict=True, output_type=output_type, **kwargs)
-                elif refine is None:
-                    output = first(*args, return_dict=True, output_type="pt", **kwargs)
+            if refine is None or upscale is None:
+                with checked_decode(getattr(self, "vae", None), self.notes):
+                    kind = output_type if upscale is None else "pt"
+                    output = first(*args, return_dict=True, output_type=kind, **kwargs)
+                if upscale is not None:
                     output.images = self._as(output_type, self.upscale_pictures(output.images, upscale))
-                else:
-                    arguments = inspect.signature(first).bind_partial(*args, **kwargs).arguments
-                    arguments |= arguments.pop("kwargs", {})
-                    latents = first(**arguments, return_dict=True, output_type="latent").images
-                    if seed is not None:
-                        fresh = [(one.initial_seed(), one.device) for one in arguments["generator"]]
-                        arguments["generator"] = [generators([number], device)[0] for number, device in fresh]
-                    output = self._refined(latents, upscale, refine, output_type, arguments)
+            else:
+                arguments = inspect.signature(first).bind_partial(*args, **kwargs).arguments
+                arguments |= arguments.pop("kwargs", {})
+                latents = first(**arguments, return_dict=True, output_type="latent").images
+                if seed is not None:  # as if the second call had been given the same seeds
+                    fresh = [(one.initial_seed(), one.device) for one in arguments["generator"]]
+                    arguments["generator"] = [generators([number], device)[0] for number, device in fresh]
+                output = self._refined(latents, upscale, refine, output_type, arguments)
         finally:
             self.maybe_free_model_hooks()  # type: ignore[attr-defined]
         return output if return_dict else tuple(getattr(output, field.name) for field in dataclasses.fields(output))
@@ -280,7 +280,7 @@ class Finish:
         covering = max(width / latents.shape[3], height / latents.shape[2]) / self.vae_scale_factor  # type: ignore[attr-defined]
         larger = torch.cat([self.larger_latents(one[None], covering, (width, height)) for one in latents])
         again = in_task(self, "Img2Img")
-        takes = inspect.signature(super(Finish, again).__call__).parameters
+        takes = inspect.signature(super(Finish, again).__call__).parameters  # type: ignore[misc]
         kept = {name: value for name, value in arguments.items() if name in takes and name not in _FIRST_ONLY}
         steps = kept.get("num_inference_steps", takes["num_inference_steps"].default)
         kept["num_inference_steps"] = steps_for(max(int(steps * refine), 1), refine)

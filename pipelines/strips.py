@@ -51,6 +51,7 @@ def runs_in_strips(vae: Any) -> bool:
     )
 
 
+@torch.no_grad()
 def decode_strips(
     vae: AutoencoderKL, latents: torch.Tensor, *, cancel: Cancel | None = None, budget: int | None = None
 ) -> Iterator[torch.Tensor]:
@@ -83,6 +84,7 @@ def decode_strips(
     yield from work.convolve(features, norm, decoder.conv_out)
 
 
+@torch.no_grad()
 def encode_strips(
     vae: AutoencoderKL, source: Source, *, cancel: Cancel | None = None, budget: int | None = None
 ) -> torch.Tensor:

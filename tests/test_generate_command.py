@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,7 +106,8 @@ def test_a_png_of_automatic1111_is_drawn_and_what_differs_is_said(generate: Any,
     assert status == 0 and info.negative_prompt == "blurry"
     expected = {"Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "5.5", "Seed": "12", "Clip skip": "2"}
     assert expected.items() <= info.settings.items() and json.loads(lines[0])["width"] == 128
-    assert "GAN enlarges it" in error and "drawn on a GPU" in error and "not used from its settings: Eta" in error
+    assert info.settings["Hires steps"] == "10" and info.settings["Hires upscaler"] == "Latent"
+    assert "drawn on a GPU" in error and "not used from its settings: Eta" in error
 
 
 def test_a_picture_and_a_mask_are_taken_from_files(generate: Any, tmp_path: Path) -> None:
@@ -138,6 +140,8 @@ def test_a_picture_and_a_mask_are_taken_from_files(generate: Any, tmp_path: Path
         (["a", "--mask", "broken.png"], 1, "broken.png is no picture"),
         (["a", "--init", "missing.png"], 1, "there is no picture missing.png"),
         (["a", "--init", "picture.png", "--strength", "2"], 2, "strength is 2"),
+        (["a", "--upscale", "2", "--refine", "1.5"], 2, "refine is 1.5"),
+        (["a", "--size", "64x64", "--refine", "0.3"], 2, "nothing is enlarged here"),
         (["a", "--init", "picture.png", "--mask", "small.png"], 2, "make them the same size"),
         (["a", "--lora", "missing.safetensors:0.5"], 1, "no LoRA file missing.safetensors"),
         (["a <lora:missing:1>"], 1, "no LoRA called 'missing'"),
@@ -179,20 +183,36 @@ def test_a_model_that_is_none_is_said(damage: str, generate: Any, tiny_pipeline_
     assert (status, lines, len(error.splitlines())) == (1, [], 1) and "model.safetensors" in error
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_is_one_sentence_and_leaves_no_half_picture(
-    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = Image.Image.save
+def test_an_enlarged_picture_is_refined(generate: Any) -> None:
+    first = generate("a cat", "--seed", "1", "--upscale", "2", "--refine", "0.5", "--refine-steps", "1")
+    again = generate("--from-png", first[1][0])
+    with Image.open(first[1][0]) as image:
+        assert image.size == (128, 128)
+        assert parse_infotext(image.info["parameters"]).settings["Hires steps"] == "1"
+    assert np.array_equal(pixels(first[1][0]), pixels(again[1][0]))
 
-    def save_on_a_full_disk(image: Image.Image, path: Path, **more: Any) -> None:
-        path.touch()
-        real(image, "/dev/full", format="PNG", **more)
 
-    monkeypatch.setattr(Image.Image, "save", save_on_a_full_disk)
-    status, lines, error = generate("a cat", "-o", "full")
-    assert (status, lines) == (1, []) and "full/a-cat" in error and "No space left" in error
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of resources")
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_no_half_picture(generate: Any, tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        status, lines, error = generate("a cat", "-o", "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (status, lines) == (1, []) and "full/a-cat" in error and "cannot be written: File too large" in error
     assert os.listdir(tmp_path / "full") == []
+
+
+def test_a_picture_that_may_not_fit_the_disk_is_said_before_it_is_drawn(
+    generate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    status, lines, error = generate("a cat", "--steps", "1000")
+    assert (status, lines) == (1, []) and "may take 0.2 MB, and its disk has 0.0 MB free" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0 if hasattr(os, "geteuid") else True, reason="root may write everywhere")
