@@ -24,7 +24,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,7 +95,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 @dataclasses.dataclass
 class RunConfig:
-    """The part of a configuration that is the same for every trainer (the TOML table `[run]`)."""
+    """The part of a configuration that is the same for every trainer (the TOML table `[run]`).
+
+    workers: processes that make training pictures ahead of the loop; 0 makes them in it.
+    """
 
     folder: str
     steps: int
@@ -104,8 +107,11 @@ class RunConfig:
     log_every: int = 50
     sample_every: int = 1000
     save_every: int = 500
+    workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"workers must be at least 0, not {self.workers}.")
         for name in ("steps", "log_every", "sample_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -160,7 +166,14 @@ class Run:
 
     def rng(self, step: int) -> np.random.Generator:
         """The random stream of `step` for what numpy draws (the data), its own for each process."""
-        return np.random.default_rng([self.config.seed, step, self.accelerator.process_index])
+        return _stream(self.config.seed, step, self.accelerator.process_index)
+
+    def ahead(self, draw: Callable[[np.random.Generator], Any], steps: range) -> Iterator[Any]:
+        """`draw(self.rng(step))` for each of `steps`, arrays as tensors, made ahead of use by the run's workers."""
+        from torch.utils.data import DataLoader
+
+        draws = _Draws(draw, self.config.seed, self.accelerator.process_index, steps)
+        return iter(DataLoader(draws, batch_size=None, num_workers=self.config.workers))
 
     def generator(self, step: int) -> torch.Generator:
         """The random stream of `step` for what torch draws (noise, latents), on the CPU."""
@@ -286,6 +299,23 @@ class Run:
                     f"{self.state_file} belongs to another configuration: {key} is {theirs.get(key)!r} there and "
                     f"{ours.get(key)!r} here."
                 )
+
+
+def _stream(seed: int, step: int, process: int) -> np.random.Generator:
+    return np.random.default_rng([seed, step, process])
+
+
+class _Draws(torch.utils.data.Dataset[Any]):
+    """What each step of a run draws, for a loader whose processes know no Run."""
+
+    def __init__(self, draw: Callable[[np.random.Generator], Any], seed: int, process: int, steps: range) -> None:
+        self.draw, self.seed, self.process, self.steps = draw, seed, process, steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.draw(_stream(self.seed, self.steps[index], self.process))
 
 
 # ------------------------------------------------------------------------------------------------ state on disk

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,17 +255,18 @@ def _cache(run: Run, source: Source, vae: Any, tokenizer: Any, config: Config) -
 
     path = run.folder / "latents.safetensors"
     if run.is_main and not path.exists():
-        rng = np.random.default_rng([config.run.seed, 2**31 + 1])
         latents, tokens = [], []
-        for start in tqdm(range(0, config.cached_pictures, 64), unit_scale=64, desc="latents", mininterval=2):
-            pictures, captions = source.batch(rng, min(64, config.cached_pictures - start), config.model.side)
-            batch = as_tensor(pictures).to(run.device, memory_format=run.memory_format)
+        draws = range(2**32, 2**32 + math.ceil(config.cached_pictures / 64))
+        drawn = run.ahead(partial(source.batch, number=64, side=config.model.side), draws)
+        for pictures, captions in tqdm(drawn, total=len(draws), unit_scale=64, desc="latents", mininterval=2):
+            batch = as_tensor(pictures.to(run.device)).to(memory_format=run.memory_format)
             with run.accelerator.autocast():
                 mean = vae.encode(batch).latent_dist.mean
             latents.append((mean * vae.config.scaling_factor).half().cpu().contiguous())
             tokens.append(torch.tensor(_tokenize(tokenizer, captions, config), dtype=torch.int32))
+        number = config.cached_pictures
         part = path.with_suffix(".part")
-        save_file({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, part)
+        save_file({"latents": torch.cat(latents)[:number].clone(), "tokens": torch.cat(tokens)[:number].clone()}, part)
         part.replace(path)
     run.accelerator.wait_for_everyone()
     cached = load_file(path)

@@ -136,6 +136,15 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_same_weights(
     assert rows == (tmp_path / "whole/run/metrics.csv").read_text()
 
 
+def test_workers_change_nothing_but_the_time(pictures: Path, trained_vae: Path, tmp_path: Path) -> None:
+    from diptych.vae.train import train
+
+    config = configuration("vae", tmp_path / "run", pictures)
+    config.write_text(config.read_text().replace("[run]", "[run]\nworkers = 2"))
+    ours, theirs = weights(train(str(config))), weights(trained_vae)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
 def test_a_killed_process_resumes_to_the_same_weights(pictures: Path, tmp_path: Path) -> None:
     whole = weights(run("vae", tmp_path / "whole", pictures))
     config = configuration("vae", tmp_path / "parts", pictures)

@@ -8,6 +8,7 @@ it, and the kept weights are an exponential moving average.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,9 +99,12 @@ def train(config_file: str, resume: bool = False) -> Path:
     model, model_d, optimizer, optimizer_d = run.accelerator.prepare(Autoencode(vae), critic, optimizer, optimizer_d)
     validation = _validation(source, config)
 
-    for step in run.steps():
+    drawn = run.ahead(
+        partial(source.batch, number=config.batch, side=config.model.side), range(run.start, config.run.steps)
+    )
+    for step, (levels, _) in zip(run.steps(), drawn, strict=True):
         run.set_learning_rate(step, config.learning_rate, config.warmup, optimizer, optimizer_d)
-        pictures = as_tensor(source.batch(run.rng(step), config.batch, config.model.side)[0]).to(run.device)
+        pictures = as_tensor(levels.to(run.device))
         noise = torch.randn(latents_shape, generator=run.generator(step)).to(run.device)
         with run.accelerator.autocast():
             rebuilt, kl = model(pictures, noise)
@@ -145,7 +149,7 @@ def train(config_file: str, resume: bool = False) -> Path:
     return run.folder / "vae"
 
 
-def as_tensor(pictures: object) -> Tensor:
+def as_tensor(pictures: np.ndarray | Tensor) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in -1..1."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
