@@ -194,6 +194,33 @@ def test_the_upscaler_runs_while_its_layers_are_fetched_one_by_one(tiny_pipeline
     assert torch.equal(upscaler(picture), expected)
 
 
+def test_a_pipeline_whose_layers_are_all_fetched_one_by_one_draws_the_same_picture(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    pipeline = DiptychPipeline.from_pretrained(tiny_pipeline_folder)
+    expected = draw(pipeline, upscale=4)
+    for name in ("text_encoder", "unet", "vae", "upscaler"):
+        accelerate.disk_offload(pipeline.components[name], str(tmp_path / name), execution_device=torch.device("cpu"))
+        assert next(pipeline.components[name].parameters()).is_meta
+    assert torch.equal(draw(pipeline, upscale=4), expected)
+    assert all(weight.is_meta for weight in pipeline.upscaler.parameters())  # and given back afterwards
+
+
+@pytest.mark.parametrize("noise_device", ["cpu", "device"])
+def test_noise_is_drawn_on_the_cpu_unless_the_device_is_asked_for(noise_device: str, pipeline: Any) -> None:
+    class Elsewhere(DiptychPipeline):
+        _execution_device = torch.device("meta")  # where no noise can be drawn
+
+    pictures = pipeline("a cat", num_inference_steps=1, seed=3, noise_device=noise_device, output_type="pt").images
+    expected = pipeline("a cat", num_inference_steps=1, seed=3, output_type="pt").images
+    assert torch.equal(pictures, expected)  # the device of this pipeline is the CPU
+    elsewhere = Elsewhere(**pipeline.components, requires_safety_checker=False)
+    with pytest.raises((RuntimeError, NotImplementedError), match="(?i)meta") as raised:
+        elsewhere("a cat", num_inference_steps=1, seed=3, noise_device=noise_device)
+    drawn_there = any(entry.name == "generators" for entry in raised.traceback)
+    assert drawn_there == (noise_device == "device")
+
+
 def test_textual_inversions_load_as_in_diffusers(tiny_pipeline_folder: Path) -> None:
     pipeline = DiptychPipeline.from_pretrained(tiny_pipeline_folder)
     pipeline.load_textual_inversion({"<thing>": torch.ones(2, 32)}, token="<thing>")
