@@ -317,9 +317,9 @@ def _txt2img(body: schemas.Txt2ImgBody, request: GenerationRequest, model: str |
     if mode is not None and strength is None:
         raise ValueError(f"hr_upscaler {mode} only blurs without a second pass: give a denoising_strength above 0")
     steps = min(body.hr_second_pass_steps or request.steps, max(1, int(_NOISE_LEVELS * (strength or 0))))
-    second = {"refine": strength, "refine_steps": steps} if strength else {}
     upscaler = None if mode is not None or named is None or named.lower() in _NONE else named
-    return Wish([replace(request, upscale=scale, latent_mode=mode, **second)], model, upscaler)
+    drawn = replace(request, upscale=scale, latent_mode=mode, refine=strength, refine_steps=steps if strength else None)
+    return Wish([drawn], model, upscaler)
 
 
 def _img2img(body: schemas.Img2ImgBody, request: GenerationRequest, model: str | None, limits: Limits) -> Wish:

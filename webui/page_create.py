@@ -112,7 +112,7 @@ class CreateTab:
                 1, 8, 4, step=0.5, label="Upscale", info="1: leave it", elem_id="upscale", min_width=150
             )
             self.refine = gr.Slider(
-                0, 1, 0, step=0.05, label="Refine", info="how much is redrawn", elem_id="refine", min_width=150
+                0, 1, 0, step=0.05, label="Refine", info="0: leave it", elem_id="refine", min_width=150
             )
         with gr.Row():
             self.count = gr.Slider(1, most_pictures, 1, step=1, label="Count", elem_id="count", min_width=150)

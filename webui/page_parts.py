@@ -14,7 +14,7 @@ import io
 import logging
 import secrets
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -68,7 +68,7 @@ def invitation(title: str, text: str) -> str:
     return f'<div class="dp-empty"><strong>{html.escape(title)}</strong><span>{html.escape(text)}</span></div>'
 
 
-def table_html(headers: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table_html(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of text; nothing for no rows."""
     if not rows:
         return IDLE
