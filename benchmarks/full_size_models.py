@@ -31,8 +31,8 @@ FORMS = {"folder": "diffusers folder", "file": "single .safetensors", "ckpt": "s
 
 def write(family: str, form: str, target: str, tiny: bool) -> None:
     """Saves the model; for a tiny one its configurations too, which a single file does not hold."""
-    import diffusers
     import torch
+    import transformers
     from original_layout import original
     from random_models import components
     from safetensors.torch import save_file
@@ -42,7 +42,7 @@ def write(family: str, form: str, target: str, tiny: bool) -> None:
     settings: dict[str, Any] = {} if family == "sdxl" else {"requires_safety_checker": False}
     cls = pipelines.DiptychXLPipeline if family == "sdxl" else pipelines.DiptychPipeline
     pipeline = cls(**components(family, torch.bfloat16, tiny), **settings)
-    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     if form == "folder":
         pipeline.save_pretrained(target)
         return

@@ -1,12 +1,16 @@
 """What makes pictures fast: texts encoded once, the layout, attention and compilation that were asked for."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
+from PIL import Image
 
 from diptych.pipelines import encoding
 from diptych.pipelines.encoding import encode_prompts
@@ -165,3 +169,28 @@ def test_compiling_without_a_compiler_is_refused_before_the_model_is_read(
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(ValueError, match="needs a C.. compiler"):
         load_pipeline(tmp_path / "no model", device="cpu", compile=True)
+
+
+# The start
+
+
+@pytest.mark.parametrize(
+    ("words", "unused"),
+    [
+        (["models", "list"], "torch numpy PIL diffusers"),
+        (
+            ["upscale", "small.png", "--dtype", "fp32"],
+            "diffusers transformers accelerate peft scipy sympy gradio",
+        ),
+    ],
+)
+def test_a_command_loads_nothing_that_it_does_not_need(words: list[str], unused: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "small.png")
+    code = (
+        f"import sys; from diptych.cli import main; status = main({words})\n"
+        f"print(status, *set({unused.split()}) & set(sys.modules))"
+    )
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "DIPTYCH_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "0"), done.stderr
