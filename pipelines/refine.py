@@ -41,13 +41,15 @@ class TiledUNet:
         kwargs["return_dict"] = False
         total: torch.Tensor | None = None
         weights = sample.new_zeros(sample.shape[2:], dtype=torch.float32)
-        for top, high in _places(sample.shape[2], self._tile[0], self._overlap[0]):
-            for left, wide in _places(sample.shape[3], self._tile[1], self._overlap[1]):
+        rows = _places(sample.shape[2], self._tile[0], self._overlap[0])
+        columns = _places(sample.shape[3], self._tile[1], self._overlap[1])
+        for top, high in rows:
+            for left, wide in columns:
                 if self._cancel is not None and self._cancel.is_set():
                     raise Cancelled("the generation was stopped before the picture was complete")
                 part = sample[:, :, top : top + high, left : left + wide]
                 made = self._unet(part, timestep, *args, **kwargs)[0]
-                weight = torch.outer(_ramp(high, self._overlap[0]), _ramp(wide, self._overlap[1])).to(weights.device)
+                weight = torch.outer(_ramp(rows), _ramp(columns)).to(weights.device)
                 if total is None:
                     total = made.new_zeros((*made.shape[:2], *sample.shape[2:]), dtype=torch.float32)
                 total[:, :, top : top + high, left : left + wide] += made * weight
@@ -75,7 +77,7 @@ def in_tiles(
         yield
         return
     unet = pipeline.unet
-    common = (max(round(tile[0] * overlap), 1), max(round(tile[1] * overlap), 1))
+    common = (round(tile[0] * overlap), round(tile[1] * overlap))
     # Past the pipeline's own bookkeeping, which would take it for another component.
     vars(pipeline)["unet"] = TiledUNet(unet, tile, common, cancel)
     try:
@@ -98,7 +100,9 @@ def _places(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(round(index * (length - tile) / (count - 1)), tile) for index in range(count)]
 
 
-def _ramp(size: int, overlap: int) -> torch.Tensor:
-    """Weights along a tile: rising over its first `overlap` pixels, falling over its last, above 0 everywhere."""
+def _ramp(places: list[tuple[int, int]]) -> torch.Tensor:
+    """Weights along a tile: rising over what it has in common with the one before, falling over the other end."""
+    size = places[0][1]
+    common = places[0][0] + size - places[1][0] if len(places) > 1 else 1
     at = torch.arange(size) + 0.5
-    return torch.minimum(at, size - at).div(overlap).clamp(max=1)
+    return torch.minimum(at, size - at).div(max(common, 1)).clamp(max=1)
