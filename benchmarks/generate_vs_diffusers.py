@@ -73,11 +73,11 @@ def measure(row: str, args: argparse.Namespace, picture_file: str) -> dict[str, 
         prepare(pipeline, device, attention=attention, compile=row == "compile")
 
         def draw(steps: int) -> Any:
-            return next(
-                iter(generate(pipeline, GenerationRequest(PROMPT, seed=SEED, steps=steps, upscale=1, **request)))
-            )
+            asked = GenerationRequest(PROMPT, seed=SEED, steps=steps, upscale=1, **request)
+            return next(iter(generate(pipeline, asked))).image
 
-    begun: list[float] = []  # of every call of the UNet
+    begun: list[float] = []  # every call of the UNet
+    done: list[float] = []
 
     def now() -> float:
         if device.type == "cuda":
@@ -85,6 +85,7 @@ def measure(row: str, args: argparse.Namespace, picture_file: str) -> dict[str, 
         return time.perf_counter()
 
     pipeline.unet.register_forward_pre_hook(lambda *_: begun.append(now()))
+    pipeline.unet.register_forward_hook(lambda *_: done.append(now()))
     taken = args.measure_steps or args.steps
     if row == "compile" or args.warm_up:
         draw(2)
@@ -100,7 +101,7 @@ def measure(row: str, args: argparse.Namespace, picture_file: str) -> dict[str, 
         step = statistics.median(each[1:] or each)  # the first one prepares kernels
         texts.append(begun[0] - started)
         steps.append(step)
-        decodes.append(ended - begun[-1] - step)
+        decodes.append(ended - done[-1])
         wholes.append(ended - started + (args.steps - taken) * step)
     np.save(picture_file, np.asarray(picture))
     middle = statistics.median
