@@ -125,13 +125,8 @@ def shoot(url: str, folder: Path) -> None:
 
 
 def draw(page: Page) -> None:
-    """Four pictures of the first example, or of a red apple."""
-    example = page.locator("#examples button")
-    if example.count():
-        example.first.click()
-        expect(page.locator("#prompt textarea")).not_to_have_value("")
-    else:
-        page.locator("#prompt textarea").fill("a red apple")
+    """Four pictures."""
+    page.locator("#prompt textarea").fill("a bell on a dark blue background")
     for name, value in (("count", "4"), ("seed", "1")):
         field = page.locator(f"#{name} input[type=number]").first
         field.fill(value)
@@ -144,6 +139,7 @@ def draw(page: Page) -> None:
 def snap(page: Page, path: Path) -> None:
     """What the screen shows, once its pictures are there."""
     page.wait_for_function("[...document.images].every(image => image.complete)")
+    page.evaluate("window.scrollTo(0, 0)")
     page.mouse.move(0, 0)
     page.screenshot(path=path)
     with Image.open(path) as picture:

@@ -193,9 +193,9 @@ def one(runner: str, name: str, weights: str, picture: str, device: str) -> None
     if device.startswith("cuda"):
         print(torch.cuda.max_memory_allocated() / 2**20)
         return
-    import resource
-
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage's maximum, which a child inherits from the process that started it.
+    status = Path("/proc/self/status").read_text()
+    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def random_weights(name: str, path: Path) -> None:
