@@ -137,7 +137,7 @@ def test_a_run_keeps_its_configuration_its_figures_and_sheets(tmp_path: Path, pi
     sheets = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
     assert sheets == ["0000004.png", "0000006.png"]
     with Image.open(tmp_path / "run" / "samples" / "0000006.png") as sheet:
-        assert sheet.width == 4 * (32 + 4)  # small, Lanczos, ours, true
+        assert sheet.width == 4 * (128 + 6)  # small, Lanczos, ours, true, each enlarged to be seen
 
 
 def test_a_run_can_start_from_the_weights_of_another(tmp_path: Path, pictures: Path) -> None:
