@@ -55,7 +55,7 @@ def write(family: str, form: str, target: str, tiny: bool) -> None:
 
 def draw(target: str, size: int, steps: int, config: str | None) -> dict[str, float]:
     """Loads and draws; seconds and GiB."""
-    from generate_vs_diffusers import peak_bytes
+    from peak_memory import peak_bytes
 
     from diptych.pipelines import DiptychPipeline, DiptychUpscaler, DiptychXLPipeline, GenerationRequest, generate
     from diptych.pipelines.loading import load_pipeline, prepare

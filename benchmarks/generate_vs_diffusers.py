@@ -105,24 +105,11 @@ def measure(row: str, args: argparse.Namespace, picture_file: str) -> dict[str, 
         wholes.append(ended - started + (args.steps - taken) * step)
     np.save(picture_file, np.asarray(picture))
     middle = statistics.median
+    from peak_memory import peak_bytes
+
     figures = {"text": middle(texts), "step": middle(steps), "decode": middle(decodes), "whole": middle(wholes)}
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return figures | {"peak": peak_bytes(device) / 2**30, "dtype": str(dtype).removeprefix("torch."), "device": card}
-
-
-def peak_bytes(device: Any) -> int:
-    """Bytes: of a GPU what torch held at most, else the process's resident memory at its highest."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    except OSError:  # not Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def psnr(picture: Any, reference: Any) -> float:

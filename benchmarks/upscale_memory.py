@@ -10,7 +10,6 @@ picture is opened (Python and torch), the decoded input, and the rest: what grow
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
@@ -24,14 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 def one(src: str, dst: str, weights: str, dtype: str) -> None:
     """In the process that is measured: prints MiB before and at most, and seconds."""
+    from peak_memory import peak_bytes
+
     from diptych.upscalers import Upscaler
 
     upscaler = Upscaler.from_pretrained(weights, device="cpu", dtype=dtype)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_bytes() / 2**20
     started = time.perf_counter()
     upscaler.upscale_file(src, dst)
     seconds = time.perf_counter() - started
-    print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, seconds)
+    print(before, peak_bytes() / 2**20, seconds)
 
 
 def main() -> None:

@@ -189,13 +189,10 @@ def peak_memory(runner: str, name: str, weights: str, picture: Path, device: str
 
 def one(runner: str, name: str, weights: str, picture: str, device: str) -> None:
     """In that process: prints the number."""
+    from peak_memory import peak_bytes
+
     make_runner(runner, name, weights, device)(np.load(picture))
-    if device.startswith("cuda"):
-        print(torch.cuda.max_memory_allocated() / 2**20)
-        return
-    # Not getrusage's maximum, which a child inherits from the process that started it.
-    status = Path("/proc/self/status").read_text()
-    print(int(status.split("VmHWM:")[1].split()[0]) / 1024)
+    print(peak_bytes(torch.device(device)) / 2**20)
 
 
 def random_weights(name: str, path: Path) -> None:

@@ -92,7 +92,7 @@ def prepare(pipeline: Any, device: torch.device, *, attention: str = "sdpa", com
     elif attention == "xformers":
         try:
             pipeline.enable_xformers_memory_efficient_attention()
-        except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (ImportError, ValueError, RuntimeError) as error:
             raise ValueError(f"this xformers has no operator for {device}: leave --attention out") from error
     if compile:
         pipeline.unet.compile()

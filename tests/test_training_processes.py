@@ -11,46 +11,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-RUN = "folder = '{folder}'\nsteps = 4\nlog_every = 1\nsample_every = 4\nsave_every = 2"
-VAE = """
-batch = 1
-warmup = 1
-validation_pictures = 2
-[run]
-{run}
-[data]
-folder = '{pictures}'
-[model]
-side = 32
-channels = [8, 8]
-norm_groups = 4
-[loss]
-discriminator_learns_from = 0
-adversarial_from = 1
-discriminator_width = 8
-discriminator_layers = 2
-"""
-DIFFUSION = """
-vae = '{vae}'
-batch = 1
-warmup = 1
-cached_pictures = 4
-text_steps = 2
-[run]
-{run}
-[data]
-folder = '{pictures}'
-[model]
-side = 32
-channels = [8, 16]
-attention = [false, true]
-heads = 2
-norm_groups = 4
-text_width = 16
-text_layers = 1
-tokens = 16
-vocabulary = 600
-"""
 UPSCALER = """
 batch = 1
 patch = 32
@@ -58,7 +18,11 @@ warmup = 1
 validation_pictures = 2
 fitted = 4
 [run]
-{run}
+folder = '{folder}'
+steps = 6
+log_every = 1
+sample_every = 6
+save_every = 2
 [data]
 folder = '{pictures}'
 [model]
@@ -68,7 +32,7 @@ discriminator_feat = 4
 [loss]
 gan_from = 1
 """
-KINDS = {"vae": VAE, "diffusion": DIFFUSION, "upscaler": UPSCALER}
+KINDS = ("vae", "diffusion", "upscaler")
 
 
 def test_two_processes_keep_one_model_and_resume_to_the_same_weights(tmp_path: Path) -> None:
@@ -88,9 +52,10 @@ def test_two_processes_keep_one_model_and_resume_to_the_same_weights(tmp_path: P
 
 
 def both_processes(folder: Path) -> None:
-    """What each process does: every trainer whole, then stopped after step 3 of 4 and resumed."""
+    """What each process does: every trainer whole, then stopped after step 5 of 6 and resumed."""
     import torch
     from safetensors.torch import load_file
+    from test_training import DIFFUSION, VAE
 
     from diptych.pipelines.train import train as train_diffusion
     from diptych.training import Run
@@ -98,6 +63,11 @@ def both_processes(folder: Path) -> None:
     from diptych.vae.train import train as train_vae
 
     torch.set_num_threads(1)
+    texts = {
+        "vae": VAE,
+        "diffusion": DIFFUSION.replace("cached_pictures", "text_steps = 2\ncached_pictures"),
+        "upscaler": UPSCALER,
+    }
     trainers = {"vae": train_vae, "diffusion": train_diffusion, "upscaler": train_upscaler}
     attach, steps = Run.attach, Run.steps
     attached: dict[str, torch.nn.Module] = {}
@@ -108,7 +78,7 @@ def both_processes(folder: Path) -> None:
 
     def stopped(self):
         for step in steps(self):
-            if step == 3:
+            if step == 5:
                 raise KeyboardInterrupt
             yield step
 
@@ -116,9 +86,9 @@ def both_processes(folder: Path) -> None:
     for kind, train in trainers.items():
         results = []
         for name in ("whole", "parts"):
-            run = RUN.format(folder=folder / kind / name)
             config = folder / f"{kind}-{name}-{os.environ['RANK']}.toml"
-            config.write_text(KINDS[kind].format(run=run, pictures=folder / "pictures", vae=folder / "vae/whole/vae"))
+            places = {"pictures": folder / "pictures", "vae": folder / "vae/whole/vae"}
+            config.write_text(texts[kind].format(folder=folder / kind / name, precision="no", **places))
             if name == "parts":
                 Run.steps = stopped
                 try:
