@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from diptych import __version__
@@ -323,7 +324,8 @@ def _settings(
             settings["Postprocess upscaler"] = pipeline.upscaler.network.architecture
     if request.loras:
         settings["Loras"] = ", ".join(f"{Path(file).stem}: {weight:g}" for file, weight in request.loras)
-    settings["RNG"] = "CPU" if request.noise_device == "cpu" else "GPU"
+    drawn_on_cpu = request.noise_device == "cpu" or torch.device(pipeline._execution_device).type == "cpu"
+    settings["RNG"] = "CPU" if drawn_on_cpu else "GPU"
     settings["Version"] = f"diptych {__version__}"
     return settings
 

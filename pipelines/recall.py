@@ -90,7 +90,8 @@ def request_fields(info: Infotext) -> tuple[dict[str, Any], list[str]]:
         notes.append("the picture was made from another picture: give that one with --init")
     take("Loras", "loras", _loras)
     if settings.pop("RNG", "GPU") != "CPU":
-        notes.append("its noise was drawn on a GPU: the picture will differ, since noise is drawn on the CPU here")
+        fields["noise_device"] = "device"
+        notes.append("its noise was drawn on a GPU: on a CPU the picture will differ")
     unused = [name for name in settings if name not in _SILENT]
     if unused:
         notes.append(f"not used from its settings: {', '.join(unused)}")

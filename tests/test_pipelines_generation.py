@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from diptych.errors import Cancelled, CheckpointError, ModelNotFound, UnknownArchitecture
-from diptych.infotext import parse_infotext
+from diptych.infotext import Infotext, parse_infotext
 from diptych.pipelines.encoding import encode_prompts
-from diptych.pipelines.generation import GenerationRequest, generate, plan_sizes, unknown_words
+from diptych.pipelines.generation import GenerationRequest, _settings, generate, plan_sizes, unknown_words
 from diptych.pipelines.loading import load_pipeline
 from diptych.pipelines.loras import find_lora
 from diptych.pipelines.prompts import parse_prompt
@@ -191,6 +191,22 @@ def test_the_infotext_draws_the_same_picture_again(pipeline: Any) -> None:
     assert notes == []
     (again,) = generate(pipeline, GenerationRequest(**fields))
     assert np.array_equal(np.asarray(again.image), np.asarray(picture.image)) and again.infotext == picture.infotext
+
+
+@pytest.mark.parametrize("noise_device", ["cpu", "device"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_infotext_says_where_the_noise_was_drawn(device: str, noise_device: str, pipeline: Any) -> None:
+    class Elsewhere(type(pipeline)):  # type: ignore[misc]
+        _execution_device = torch.device(device)  # meta: stands for whatever is no CPU
+
+    asked = request(noise_device=noise_device)
+    there = Elsewhere(**pipeline.components, requires_safety_checker=False)
+    settings = _settings(there, asked, plan_sizes(there, asked), None, 1)
+    on_gpu = device == "meta" and noise_device == "device"
+    assert settings["RNG"] == ("GPU" if on_gpu else "CPU")  # as Automatic1111 understands it
+    fields, notes = request_fields(Infotext("", "", settings))
+    assert fields.get("noise_device", "cpu") == ("device" if on_gpu else "cpu")
+    assert any("drawn on a GPU" in note for note in notes) is on_gpu
 
 
 def test_beginning_from_a_picture_keeps_it_the_more_the_less_strength_there_is(pipeline: Any) -> None:
