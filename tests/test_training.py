@@ -33,7 +33,7 @@ mixed_precision = "{precision}"
 folder = "{pictures}"
 [model]
 side = 32
-channels = [8, 8]
+channels = [8, 16]
 norm_groups = 4
 [loss]
 discriminator_learns_from = 1
@@ -270,7 +270,7 @@ def test_resume_refuses_a_state_of_another_configuration(pictures: Path, tmp_pat
 
     run("vae", tmp_path, pictures)
     config = tmp_path / "run.toml"
-    config.write_text(config.read_text().replace("channels = [8, 8]", "channels = [8, 16]"))
+    config.write_text(config.read_text().replace("channels = [8, 16]", "channels = [8, 32]"))
     with pytest.raises(CheckpointError, match="another configuration: model"):
         train(str(config), resume=True)
 

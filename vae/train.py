@@ -22,12 +22,19 @@ from diptych.errors import CheckpointError
 from diptych.training import Run, RunConfig, ema_of, read_config
 from diptych.vae.discriminator import PatchDiscriminator
 from diptych.vae.losses import adaptive_weight, hinge_d, perceptual_term
+from diptych.vae.principal import start_as_principal_components
+
+# Latent-diffusion has (0.5, 0.9), with which the autoencoder forgets colours before the discriminator even speaks:
+# 160 steps of 8 glyphs end 2.6 dB lower than with these.
+BETAS = (0.9, 0.99)
+PRINCIPAL_PICTURES = 512
 
 
 @dataclass
 class ModelConfig:
     """The autoencoder: `channels` has one entry a level, each level after the first halves the picture.
 
+    principal_components: start the encoder as those of the pictures' patches (see vae/principal.py).
     start_from: a folder to take the weights from; train_encoder = false keeps its latents, so that a diffusion model
     that was trained in them stays valid while the decoder gets better.
     """
@@ -38,6 +45,7 @@ class ModelConfig:
     latent_channels: int = 4
     norm_groups: int = 16
     mid_attention: bool = True
+    principal_components: bool = True
     start_from: str | None = None
     train_encoder: bool = True
 
@@ -85,7 +93,11 @@ def train(config_file: str, resume: bool = False) -> Path:
     run = Run(config, resume)
     run.keep_config(config_file)
     torch.manual_seed(config.run.seed)
-    vae = _build(config.model).to(run.device)
+    vae = _build(config.model)
+    if config.model.start_from is None and config.model.principal_components:
+        rng = np.random.default_rng(config.run.seed)
+        start_as_principal_components(vae, as_tensor(source.batch(rng, PRINCIPAL_PICTURES, config.model.side)[0]))
+    vae.to(run.device)
     critic = PatchDiscriminator(config.loss.discriminator_width, config.loss.discriminator_layers).to(run.device)
     latent_side = config.model.side // 2 ** (len(config.model.channels) - 1)
     latents_shape = (config.batch, config.model.latent_channels, latent_side, latent_side)
@@ -93,8 +105,8 @@ def train(config_file: str, resume: bool = False) -> Path:
     average = ema_of(vae, config.ema)
     perceptual = perceptual_term(config.loss.perceptual, run.device)
     trained = [p for p in vae.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, config.learning_rate, betas=(0.5, 0.9))
-    optimizer_d = torch.optim.Adam(critic.parameters(), config.learning_rate, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(trained, config.learning_rate, betas=BETAS)
+    optimizer_d = torch.optim.Adam(critic.parameters(), config.learning_rate, betas=BETAS)
     run.attach(vae=vae, critic=critic, average=average, optimizer=optimizer, optimizer_d=optimizer_d)
     model, model_d, optimizer, optimizer_d = run.accelerator.prepare(Autoencode(vae), critic, optimizer, optimizer_d)
     validation = _validation(source, config)
