@@ -20,12 +20,13 @@ import torch
 from diptych.errors import UnknownArchitecture
 from diptych.pipelines.decode import checked_decode, decode_rows, denormalised, encode_rows, normalised
 from diptych.pipelines.refine import in_tiles, steps_for
-from diptych.pipelines.saving import check_space, to_file
+from diptych.pipelines.saving import to_file
 from diptych.pipelines.upscaler import DiptychUpscaler
 from diptych.upscalers.channels import for_any_channels
 from diptych.upscalers.engine import output_size, upscale_rows
 from diptych.upscalers.official import embedded_model
 from diptych.upscalers.passes import Cancel, Model, Progress
+from diptych.upscalers.picture_writer import check_writable
 from diptych.upscalers.runner import halo_of
 from diptych.upscalers.sources import Source, StripSource, TensorSource
 
@@ -186,7 +187,7 @@ class Finish:
             raise ValueError(f"these are latents of {len(latents)} pictures: give one of them, latents[i : i + 1]")
         factor = self.vae_scale_factor * (upscale or 1)  # type: ignore[attr-defined]
         size = (math.floor(latents.shape[3] * factor + 0.5), math.floor(latents.shape[2] * factor + 0.5))
-        check_space(file, size)
+        check_writable(file, (size[1], size[0], 3))
         self.notes = []
 
         def write(picture: Source) -> None:
@@ -233,6 +234,7 @@ class Finish:
                 multiple=network.multiple,
                 device=self._execution_device,  # type: ignore[attr-defined]
                 on_overflow=self.upscaler.widen,
+                modules=self.upscaler.modules,
             )
             strips = upscale_rows(model, picture, upscale, progress=progress, cancel=cancel)
             height, width = output_size(height, width, upscale)

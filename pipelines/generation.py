@@ -31,8 +31,8 @@ from diptych.pipelines.loading import model_name
 from diptych.pipelines.loras import apply_loras, find_lora
 from diptych.pipelines.masked import MASKED_CONTENT
 from diptych.pipelines.prompts import parse_prompt
-from diptych.pipelines.saving import check_space
 from diptych.pipelines.schedulers import make_scheduler, sampler_name
+from diptych.upscalers.picture_writer import check_writable
 from diptych.upscalers.tiles import round_up
 
 MAX_SEED = 2**32 - 1
@@ -181,7 +181,8 @@ def generate(
             files = [None if file_for is None else file_for(seed) for seed in batch]
             for file in files[:1]:
                 if file is not None:
-                    check_space(file, plan.final, len(batch))
+                    width, height = plan.final
+                    check_writable(file, (height, width, 3), pictures=len(batch))
             watch.begin(number, len(batch))
             drawn = draw(pipeline, request, plan, encoded.steps[0], batch, watch)
             if again is not None:

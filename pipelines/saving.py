@@ -1,9 +1,7 @@
-"""Finished rows into a picture, as they come: a PIL image, or a file that was found to fit its disk before."""
+"""Finished rows into a picture, as they come: a PIL image, or a file."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +11,7 @@ from PIL import Image
 
 from diptych.errors import ImageError
 from diptych.upscalers.files import atomic_path
-from diptych.upscalers.picture_writer import check_writable, write_picture
+from diptych.upscalers.picture_writer import format_of, write_picture
 from diptych.upscalers.pictures import Metadata
 from diptych.upscalers.sources import tensor_to_array
 
@@ -38,7 +36,7 @@ def to_file(file: Path, strips: Iterable[torch.Tensor], size: tuple[int, int], p
     Raises ImageError if the file cannot be written; then there is none.
     """
     width, height = size
-    known = check_writable(file, height, width)
+    known = format_of(file)
     rows = (tensor_to_array(strip, _BITS)[0] for strip in strips)
     metadata = Metadata(text={} if parameters is None else {"parameters": parameters})
     try:
@@ -46,23 +44,3 @@ def to_file(file: Path, strips: Iterable[torch.Tensor], size: tuple[int, int], p
             write_picture(path, known, rows, (height, width, 3), _BITS, metadata)
     except OSError as error:
         raise ImageError(f"{file} cannot be written: {error.strerror or error}") from error
-
-
-def check_space(file: str | os.PathLike[str], size: tuple[int, int], pictures: int = 1) -> None:
-    """Raises ImageError if pictures of `size` (width, height) may not fit on the disk of `file`, or into its format.
-
-    Counted as if they could not be compressed, since nothing is known of them before they are drawn.
-    """
-    width, height = size
-    check_writable(file, height, width)
-    needed = pictures * height * (3 * width + 1) * 1.001
-    free = shutil.disk_usage(Path(file).absolute().parent).free
-    if needed > free:
-        raise ImageError(
-            f"{file} may take {_gigabytes(needed)}, and its disk has {_gigabytes(free)} free: make room there, name"
-            " another disk, or draw a smaller picture"
-        )
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

@@ -1,6 +1,7 @@
 """`Upscaler.upscale_file`: formats, what a picture says about itself, animations, and files that are no pictures."""
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -294,10 +295,20 @@ def test_a_result_that_cannot_be_written_is_named(repeating, tmp_path, name, sen
         repeating.upscale_file(tmp_path / "in.png", tmp_path / name)
 
 
-def test_a_result_too_large_for_its_format_is_refused_before_any_work(repeating, tmp_path):
-    Image.new("L", (5000, 1)).save(tmp_path / "in.png")
-    with pytest.raises(ImageError, match="WEBP holds at most 16383 pixels along a side, and this would be 20000 x 4"):
-        repeating.upscale_file(tmp_path / "in.png", tmp_path / "out.webp")
+@pytest.mark.parametrize(
+    ("name", "width", "sentence"),
+    [
+        ("out.webp", 5000, "WEBP holds at most 16383 pixels along a side, and this would be 20000 x 4; take .png or"),
+        ("out.jpg", 16376, "JPEG holds at most 65500 pixels along a side, and this would be 65504 x 4; take .png or"),
+        ("out.gif", 16384, "GIF holds at most 65535 pixels"),
+    ],
+)
+def test_a_result_too_large_for_its_format_is_refused_before_any_work(repeating, tmp_path, name, width, sentence):
+    Image.new("L", (width, 1)).save(tmp_path / "in.png")
+    started = []
+    with pytest.raises(ImageError, match=sentence):
+        repeating.upscale_file(tmp_path / "in.png", tmp_path / name, progress=lambda done, total: started.append(done))
+    assert started == []
 
 
 def test_a_picture_that_is_not_there_or_a_folder_is_an_error_of_the_file_system(repeating, tmp_path):
@@ -318,6 +329,32 @@ def test_cancelling_leaves_the_old_file_and_no_new_one(repeating, tmp_path, name
         )
     assert (tmp_path / name).read_bytes() == b"what was here before"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "result", "needed"),  # megabytes of 400 x 400 pixels: channels, bytes of each, frames
+    [("L.png", "out.png", 0.16), ("RGB.png", "out.jpg", 0.48), ("RGBA.tif", "out.tif", 0.64)]
+    + [("I;16.png", "out.tif", 0.32), ("I;16.png", "out.webp", 0.16), ("animated.gif", "out.webp", 1.92)],
+)
+def test_a_picture_too_large_for_its_disk_is_said_before_the_work(
+    repeating, tmp_path, monkeypatch, source, result, needed
+):
+    mode = source.split(".")[0]
+    if mode == "animated":
+        frames = [Image.fromarray(colours(100, 100)) for _ in range(3)]
+        frames[1].putpixel((0, 0), (1, 2, 3))
+        frames[2].putpixel((0, 0), (9, 9, 9))
+        frames[0].save(tmp_path / source, save_all=True, append_images=frames[1:])
+    else:
+        Image.new(mode, (100, 100)).save(tmp_path / source)
+    usage, started = shutil.disk_usage(tmp_path), []
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(needed * 0.99e6)))
+    ask = (tmp_path / source, tmp_path / result)
+    with pytest.raises(ImageError, match=rf"{result} may take {needed:.1f} MB, and its disk has .* free: make room"):
+        repeating.upscale_file(*ask, progress=lambda done, total: started.append(done))
+    assert started == [] and os.listdir(tmp_path) == [source]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=int(needed * 1.02e6)))
+    assert repeating.upscale_file(*ask) == (400, 400)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are POSIX")

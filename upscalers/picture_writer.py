@@ -20,11 +20,13 @@ from PIL import Image, TiffImagePlugin, features
 
 from diptych.errors import ImageError
 
+from .files import check_space
 from .pictures import EXIF_IFD, TEXT_TAGS, Metadata, array_to_pil, library
 
 logger = logging.getLogger(__name__)
 
 _WAITING = EXIF_IFD + 1
+_EIGHT_BITS = np.dtype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class Format:
     animation: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     """Of Pillow's `save`."""
+
+    def dtype(self, source: np.dtype) -> np.dtype:
+        """What a picture of `source` is written as: 16 bits if it has more than 8 and they fit in."""
+        return np.dtype(np.uint8 if source == np.uint8 or not self.sixteen_bits else np.uint16)
 
 
 FORMATS = (
@@ -66,9 +72,22 @@ def format_of(path: str | os.PathLike[str]) -> Format:
     raise ImageError(f"{path} cannot be written: the name of a picture ends in one of {names}")
 
 
-def check_writable(path: str | os.PathLike[str], height: int, width: int, frames: int = 1) -> Format:
-    """The format of `path`, before any work is done for it. Raises ImageError if it cannot hold such a picture."""
+def check_writable(
+    path: str | os.PathLike[str],
+    size: tuple[int, int, int],
+    dtype: np.dtype = _EIGHT_BITS,
+    *,
+    frames: int = 1,
+    pictures: int = 1,
+) -> Format:
+    """The format of `path`, before any work is done for it.
+
+    size, dtype: (H, W, C) and kind of what is to be written. frames: of an animation. pictures: how many such files.
+    Raises ImageError if the format cannot hold it, or the disk may not. The room is counted as if nothing could be
+    compressed, since nothing is known of a picture before it is made.
+    """
     known = format_of(path)
+    height, width, channels = size
     if max(height, width) > known.largest:
         raise ImageError(
             f"{path} cannot be written: {known.name} holds at most {known.largest} pixels along a side, and this would"
@@ -76,6 +95,8 @@ def check_writable(path: str | os.PathLike[str], height: int, width: int, frames
         )
     if frames > 1 and not known.animation:
         raise ImageError(f"{path} cannot be written: {known.name} holds no animation; take .gif, .webp or .png")
+    row = width * channels * known.dtype(dtype).itemsize + 1  # a PNG has a byte more in each
+    check_space(path, pictures * frames * height * row * 1.001)
     return known
 
 
@@ -258,12 +279,16 @@ def _write_whole(
     dtype: np.dtype,
     metadata: Metadata,
 ) -> None:
-    array = np.concatenate(list(rows))
+    array, done = np.empty(size, dtype), 0
+    for strip in rows:
+        array[done : done + len(strip)] = strip
+        done += len(strip)
     if size[2] in (2, 4) and not known.alpha:
         if array[..., -1].min() < np.iinfo(dtype).max:
             raise ImageError(f"{known.name} holds no transparency, and the picture has some; take .png, .webp or .tif")
         array = array[..., :-1]
     image = array_to_pil(array)
+    del array  # encoders need memory too
     if image.mode == "LA":  # no format written here has it
         image = image.convert("RGBA")
     image.save(path, known.name, **dict(known.options), **_for_pillow(metadata, known))

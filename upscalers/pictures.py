@@ -39,7 +39,7 @@ _UPRIGHT = {  # EXIF 2.32, 4.6.4: how a stored picture becomes upright; (H, W, C
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-_PLAIN = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_PLAIN = ("L", "LA", "RGB", "RGBA")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -96,8 +96,7 @@ def array_to_pil(array: np.ndarray, like: Image.Image | None = None) -> Image.Im
     else:
         if array.dtype != np.uint8:
             array = tensor_to_array(array_to_tensor(array[None]), np.dtype(np.uint8))[0]
-        array = np.ascontiguousarray(array)
-        image = Image.frombytes(_PLAIN[channels], (array.shape[1], array.shape[0]), array.tobytes())
+        image = Image.fromarray(np.ascontiguousarray(array[..., 0] if channels == 1 else array))
     if like is not None:
         metadata = metadata_of(like)
         known = {"icc_profile": metadata.icc_profile, "exif": metadata.exif and b"Exif\0\0" + metadata.exif}
@@ -207,7 +206,7 @@ def _decoded(image: Image.Image) -> np.ndarray:
         return np.asarray(image).astype(np.uint16)[..., None]
     elif mode == "F":
         return checked_float(np.array(image))[..., None]
-    elif mode not in _PLAIN.values():
+    elif mode not in _PLAIN:
         raise ImageError(f"a picture of mode {mode} cannot be enlarged: convert it to RGB first")
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array

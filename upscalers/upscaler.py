@@ -73,6 +73,7 @@ class Upscaler:
             device=self._runner.device,
             pixels=self._runner.tile_pixels(),
             on_overflow=self._runner.widen,
+            modules=self._runner.modules,
         )
 
     @classmethod
@@ -174,8 +175,9 @@ class Upscaler:
         durations and repetitions of an animation are kept. The orientation of EXIF is applied.
 
         The other arguments are those of `upscale`; with border "wrap" the input is decoded whole.
-        Raises ImageError, naming the file, for what cannot be read or written or if both are the same file; OSError;
-        Cancelled, OutOfMemory, ValueError. `dst` is replaced when all went well and not touched otherwise.
+        Raises ImageError, naming the file, for what cannot be read or written, for what the format or the disk of `dst`
+        may not hold (before the work), and if both are the same file; OSError; Cancelled, OutOfMemory, ValueError.
+        `dst` is replaced when all went well and not touched otherwise.
         """
         src, dst = Path(src), Path(dst)
         options = _Options(self.scale if scale is None else scale, tile, batch, border, progress, cancel)
@@ -184,16 +186,16 @@ class Upscaler:
                 if dst.exists() and os.path.samefile(src, dst):
                     raise ImageError(f"{dst} is the picture itself: choose another name for the result")
                 height, width = output_size(picture.height, picture.width, options.scale)
-                known = check_writable(dst, height, width, picture.frames)
+                size = (height, width, picture.channels)
+                known = check_writable(dst, size, picture.dtype, frames=picture.frames)
                 with _writing(dst), atomic_path(dst) as path:
                     if picture.source is None:
                         frames = self._frames(picture, options)
                         write_animation(path, known, frames, picture.durations(), picture.loop, picture.metadata)
                     else:
-                        dtype = np.dtype(np.uint8 if picture.dtype == np.uint8 or not known.sixteen_bits else np.uint16)
+                        dtype = known.dtype(picture.dtype)
                         strips = self._rows(picture.source, picture.channels, options)
                         rows = (tensor_to_array(strip, dtype)[0] for strip in strips)
-                        size = (height, width, picture.channels)
                         write_picture(path, known, rows, size, dtype, picture.metadata)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
