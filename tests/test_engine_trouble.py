@@ -114,6 +114,61 @@ def test_cancelling_stops_before_the_next_tile_wherever_it_happens(make_srvgg):
         assert compute.count == last
 
 
+def rows(network, compute, x, **options):
+    """All of the result, of a network that is known to run layer by layer."""
+    device = torch.device("cpu")
+    model = Model(compute, network.scale, network.radius, network.multiple, device, modules=network.module.modules)
+    return torch.cat(list(upscale_rows(model, TensorSource(x), network.scale, **options)), 2)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_cancelling_is_heard_between_two_layers_of_a_tile(make_srvgg, last):
+    network, cancel, begun = make_srvgg(), threading.Event(), []
+
+    def layer_begins(layer, _):
+        begun.append(layer)
+        if len(begun) == last:
+            cancel.set()
+
+    layers = [layer for layer in network.module.modules() if not list(layer.children())]
+    hooks = [layer.register_forward_pre_hook(layer_begins) for layer in layers]
+    with pytest.raises(Cancelled):
+        rows(network, Failing(network, None), picture(), cancel=cancel)
+    for hook in hooks:
+        hook.remove()
+    assert len(begun) <= last + 1
+    assert not any(layer._forward_pre_hooks for layer in network.module.modules())  # nothing stays behind
+
+
+@pytest.mark.parametrize("call", [None, 1, 2])
+def test_progress_within_a_tile_never_falls_and_ends_at_its_total(make_srvgg, call):
+    network, seen = make_srvgg(), []
+    compute = Failing(network, FAILURES[0], calls={call})
+    out = rows(network, compute, picture(), progress=lambda *now: seen.append(now))
+    assert (out - run(network, network.module, picture())).abs().max() <= 1e-6
+    assert len(seen) > 2 and seen[-1] == (50 * 70, 50 * 70)
+    assert all(before < after for (before, _), (after, _) in zip(seen, seen[1:], strict=False))
+
+
+def test_two_threads_may_use_one_network_and_only_one_is_cancelled(make_srvgg):
+    network, cancel, made = make_srvgg(), threading.Event(), []
+    x = picture(120, 120)
+    expected = rows(network, Failing(network, None), x)
+    cancel.set()
+
+    def other():
+        for _ in range(5):
+            made.append(rows(network, Failing(network, None), x, tile=16))
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    while thread.is_alive():
+        with pytest.raises(Cancelled):
+            rows(network, Failing(network, None), x, cancel=cancel)
+    thread.join()
+    assert len(made) == 5 and all((one - expected).abs().max() <= 1e-6 for one in made)
+
+
 @pytest.mark.parametrize("options", [{}, {"out_scale": 9}, {"border": "wrap", "out_scale": 5}, {"tile": 16}])
 def test_progress_rises_to_exactly_its_total(make_srvgg, options):
     network, seen = make_srvgg(), []

@@ -166,9 +166,10 @@ def test_progress_is_shown_and_cleared(host: Any) -> None:
     assert host.shared.state.textinfo is None
 
 
+@pytest.mark.parametrize("tile", [16, 0], ids=["between two tiles", "within a tile as large as the picture"])
 @pytest.mark.parametrize("flavour", FLAVOURS)
-def test_interrupt_stops_within_one_tile_and_the_next_request_is_served_anew(make_host: Any, flavour: str) -> None:
-    host = started(make_host, flavour, tile=16)
+def test_interrupt_stops_at_once_and_the_next_request_is_served_anew(make_host: Any, flavour: str, tile: int) -> None:
+    host = started(make_host, flavour, tile=tile)
     image = picture(64, 64)
     late = press_interrupt(host, after=5)
     interrupted = host.extra_single_image(image, NAME, 4)

@@ -80,8 +80,9 @@ def upscale_rows(
     border: what lies around the picture: "zero" as networks have it, "reflect" mirrors, "wrap" repeats, so that a
         tileable texture stays tileable. For "wrap" the source must be able to go back.
     progress: called as progress(done, total), in pixels that went into the network.
-    Raises Cancelled within one tile once `cancel` is set, OutOfMemory when even the smallest tile does not fit,
-    ImageError when the network gives NaN, ValueError for wrong arguments (at once, not at the first strip).
+    Raises Cancelled within one tile (one layer, if the model has `modules`) once `cancel` is set, OutOfMemory when even
+    the smallest tile does not fit, ImageError when the network gives NaN, ValueError for wrong arguments (at once, not
+    at the first strip).
     """
     check_border(border)
     if tile != "auto" and (not isinstance(tile, int) or isinstance(tile, bool) or tile < 1):

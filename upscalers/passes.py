@@ -7,11 +7,14 @@ stays finished.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
+from torch import nn
 
 from diptych.errors import Cancelled, ImageError, OutOfMemory
 
@@ -53,13 +56,15 @@ class Model:
     """Input pixels, halos included, that one call should get; None: what suits the device."""
     on_overflow: Callable[[], bool] | None = None
     """Called when `compute` gave NaN or infinity: True if it now computes more precisely and is worth another try."""
+    modules: Callable[[], Iterable[nn.Module]] = tuple
+    """The modules that `compute` calls, if it does: between two of them progress is told and cancelling heard."""
 
 
 class Meter:
     """Counts pixels and tells `progress`."""
 
     def __init__(self, progress: Progress | None) -> None:
-        self._progress, self._done, self._total = progress, 0, 0
+        self._progress, self._done, self._told, self._total = progress, 0, 0, 0
 
     def expect(self, pixels: int) -> None:
         """Adds to what is to be done."""
@@ -68,8 +73,18 @@ class Meter:
     def add(self, pixels: int) -> None:
         """Adds to what is done."""
         self._done += pixels
-        if self._progress:
-            self._progress(self._done, self._total)
+        self._tell(self._done)
+
+    def underway(self, pixels: float) -> None:
+        """Tells of pixels that are nearly done, in steps of a hundredth; when memory runs out they begin again."""
+        now = min(int(self._done + pixels), self._total - 1)
+        if now - self._told >= self._total / 100:
+            self._tell(now)
+
+    def _tell(self, done: int) -> None:
+        if self._progress and done > self._told:
+            self._told = done
+            self._progress(done, self._total)
 
 
 class Tiler:
@@ -164,10 +179,10 @@ class Pass:
 
     def _compute(self, strip: _Strip, region: _Region) -> None:
         """Computes a region, in halves where memory does not suffice for the whole."""
-        if self._cancel is not None and self._cancel.is_set():
-            raise Cancelled("upscaling was stopped before the picture was complete")
+        self._heed_cancel()
         try:
-            strip.compute(region)
+            with self._between_layers(region):
+                strip.compute(region)
             self._meter.add(region.pixels)
             return
         except (RuntimeError, MemoryError) as error:
@@ -183,6 +198,31 @@ class Pass:
         self._tiler.shrink(region)
         for half in halves:
             self._compute(strip, half)
+
+    def _heed_cancel(self) -> None:
+        if self._cancel is not None and self._cancel.is_set():
+            raise Cancelled("upscaling was stopped before the picture was complete")
+
+    @contextmanager
+    def _between_layers(self, region: _Region) -> Iterator[None]:
+        """Cancels, and tells progress, between two layers of the network: a tile of a large one may take a minute."""
+        layers = [module for module in self._model.modules() if next(module.children(), None) is None]
+        begun: set[int] = set()
+        thread = threading.get_ident()
+
+        def layer_begins(layer: nn.Module, _: Any) -> None:
+            if threading.get_ident() != thread:  # another picture, in the same network
+                return
+            self._heed_cancel()
+            begun.add(id(layer))
+            self._meter.underway(region.pixels * (len(begun) - 1) / len(layers))
+
+        hooks = [layer.register_forward_pre_hook(layer_begins) for layer in layers]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _halves(self, region: _Region) -> list[_Region]:
         first, stop, rows, columns = region.first, region.stop, region.rows, region.columns

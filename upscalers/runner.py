@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -83,6 +84,10 @@ class Runner:
         if self._compile:
             self._module = _compiled(self._module)
         return True
+
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules that a call goes through; none where they were compiled into one."""
+        return () if self._compile else self._module.modules()
 
     def tile_pixels(self) -> int:
         """How many input pixels a tile should have, halos included, for what this network holds in memory."""
