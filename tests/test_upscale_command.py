@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +125,18 @@ def test_json_says_everything_about_every_picture(network, here, capsys):
         "dtype": "float32",
     }
     assert failed["status"] == "failed" and failed["reason"].startswith("bad.png: it is not a picture")
+
+
+def test_a_terminal_is_told_how_far_how_fast_and_how_long_yet_and_no_file_is(network, here, capsys, monkeypatch):
+    picture(here / "a.png", (300, 200))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert upscale(network, "a.png", "--dtype", "fp32") == 0
+    told = capsys.readouterr().err
+    assert re.search(r"a\.png \(float32\) +100 %  \d+\.\d\d Mpx/s  0:00 left", told)
+    assert told.endswith("\r\x1b[K")  # nothing of it stays
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    assert upscale(network, "a.png", "--dtype", "fp32", "-o", "again.png") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_the_picture_itself_is_refused_as_output(network, here, capsys):
