@@ -121,10 +121,14 @@ def _from_folder(path: Path, torch_dtype: torch.dtype) -> Any:
     if not index.is_file():
         raise ModelNotFound(f"{path} is no model: there is no model_index.json in this folder")
     try:
-        named = str(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
-    except (ValueError, AttributeError, UnicodeDecodeError) as error:
+        named = dict(json.loads(index.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{index} is damaged: it is no JSON object") from error
-    return _from_pretrained(_class_for(named, path), path, torch_dtype, local_files_only=True)
+    cls = _class_for(str(named.get("_class_name")), path)
+    for name, made_by in named.items():
+        if isinstance(made_by, list) and None not in made_by and not (path / name).is_dir():
+            raise CheckpointError(f"the model {path} lacks its {name}: there is no folder {path / name}")
+    return _from_pretrained(cls, path, torch_dtype, local_files_only=True)
 
 
 def _class_for(named: str, where: str | Path) -> Any:

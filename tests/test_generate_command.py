@@ -117,6 +117,28 @@ def test_a_picture_and_a_mask_are_taken_from_files(generate: Any, tmp_path: Path
     assert status == 0 and (pixels(paths[0]) == (255, 0, 0)).all()
 
 
+def test_a_lora_a_vae_and_the_layers_of_the_text_encoder_are_taken_from_flags(
+    generate: Any, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    vae = {key: weight * 1.5 for key, weight in load_file(next(tiny_pipeline_folder.glob("vae/*.safetensors"))).items()}
+    save_file(vae, tmp_path / "vae.safetensors")
+    key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.lora_"
+    lora = {f"{key}A.weight": torch.ones(2, 32), f"{key}B.weight": torch.ones(16, 2)}
+    save_file(lora, tmp_path / "bold.safetensors")
+    drawn = []
+    for flags in ([], ["--vae", "vae.safetensors"], ["--lora", "bold.safetensors:0.5"], ["--clip-skip", "2"]):
+        status, lines, _ = generate("a cat", "--seed", "3", "--no-upscale", "--json", *flags)
+        assert status == 0
+        drawn.append(pixels(json.loads(lines[0])["path"]))
+        info = parse_infotext(json.loads(lines[0])["infotext"]).settings
+        assert info.get("Loras") == ("bold: 0.5" if "--lora" in flags else None)
+        assert info.get("Clip skip") == ("2" if "--clip-skip" in flags else None)
+    assert not any(np.array_equal(drawn[0], other) for other in drawn[1:])
+
+
 @pytest.mark.parametrize(
     ("words", "status", "said"),
     [

@@ -339,6 +339,27 @@ def test_loras_act_with_their_weights_and_leave_nothing_behind(pipeline: Any, lo
     assert np.array_equal(draw(pipeline), plain)
 
 
+def test_a_lora_of_peft_is_the_same_lora_as_kohyas_and_the_text_encoder_has_its_own(
+    pipeline: Any, loras: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    peft = {}
+    for name, module in pipeline.unet.named_modules():
+        if name.endswith(("attn2.to_k", "attn2.to_v")):
+            peft[f"unet.{name}.lora_A.weight"] = torch.full((2, module.in_features), 1.0)
+            peft[f"unet.{name}.lora_B.weight"] = torch.full((module.out_features, 2), 0.1)
+    save_file(peft, loras / "peft.safetensors")
+    assert np.array_equal(draw(pipeline, "a <lora:peft:0.8>"), draw(pipeline, "a <lora:one:0.8>"))
+    text = {}
+    for part in ("q", "k", "v", "out"):
+        key = f"lora_te_text_model_encoder_layers_0_self_attn_{part}_proj"
+        text |= {f"{key}.lora_down.weight": torch.ones(2, 32), f"{key}.lora_up.weight": torch.ones(32, 2)}
+        text[f"{key}.alpha"] = torch.tensor(1.0)
+    save_file(text, loras / "text.safetensors")
+    assert not np.array_equal(draw(pipeline, "a <lora:text:1>"), draw(pipeline, "a"))
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [("xl", "is for SDXL, and this model is"), ("nan", "NaN"), ("loha", "LyCORIS"), ("flux", "is for Flux")],
@@ -430,6 +451,9 @@ def test_folders_and_files_that_are_no_models_are_said(tiny_pipeline_folder: Pat
     weights = broken / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match="broken cannot be loaded"):
+        load_pipeline(broken, device="cpu")
+    shutil.rmtree(broken / "unet")
+    with pytest.raises(CheckpointError, match="broken lacks its unet: there is no folder .*broken/unet"):
         load_pipeline(broken, device="cpu")
 
 
