@@ -339,9 +339,7 @@ def test_loras_act_with_their_weights_and_leave_nothing_behind(pipeline: Any, lo
     assert np.array_equal(draw(pipeline), plain)
 
 
-def test_a_lora_of_peft_is_the_same_lora_as_kohyas_and_the_text_encoder_has_its_own(
-    pipeline: Any, loras: Path
-) -> None:
+def test_a_lora_of_peft_is_the_same_lora_as_kohyas_and_the_text_encoder_has_its_own(pipeline: Any, loras: Path) -> None:
     from safetensors.torch import save_file
 
     peft = {}
