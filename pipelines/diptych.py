@@ -28,6 +28,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from diptych.pipelines.channels import LatentsAsImage, PlainUNets
 from diptych.pipelines.finish import Finish
 from diptych.pipelines.masked import MaskedContent
 from diptych.pipelines.upscaler import DiptychUpscaler
@@ -169,11 +170,11 @@ class DiptychPipeline(_Components, StableDiffusionPipeline):
     """Text to picture with Stable Diffusion 1.x and 2.x."""
 
 
-class DiptychImg2ImgPipeline(_Components, StableDiffusionImg2ImgPipeline):
+class DiptychImg2ImgPipeline(LatentsAsImage, _Components, StableDiffusionImg2ImgPipeline):
     """Picture and text to picture with Stable Diffusion 1.x and 2.x."""
 
 
-class DiptychInpaintPipeline(MaskedContent, _Components, StableDiffusionInpaintPipeline):
+class DiptychInpaintPipeline(MaskedContent, PlainUNets, _Components, StableDiffusionInpaintPipeline):
     """Picture, mask and text to picture with Stable Diffusion 1.x and 2.x."""
 
 
@@ -181,11 +182,11 @@ class DiptychXLPipeline(_ComponentsXL, StableDiffusionXLPipeline):
     """Text to picture with SDXL."""
 
 
-class DiptychXLImg2ImgPipeline(_ComponentsXLFromPicture, StableDiffusionXLImg2ImgPipeline):
+class DiptychXLImg2ImgPipeline(LatentsAsImage, _ComponentsXLFromPicture, StableDiffusionXLImg2ImgPipeline):
     """Picture and text to picture with SDXL."""
 
 
-class DiptychXLInpaintPipeline(MaskedContent, _ComponentsXLFromPicture, StableDiffusionXLInpaintPipeline):
+class DiptychXLInpaintPipeline(MaskedContent, PlainUNets, _ComponentsXLFromPicture, StableDiffusionXLInpaintPipeline):
     """Picture, mask and text to picture with SDXL."""
 
 
