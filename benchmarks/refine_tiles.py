@@ -7,7 +7,7 @@ Every picture is drawn and enlarged once; then the same latents are drawn anew w
 the model's native size, and in tiles that do not overlap and are not blended. Prints, as means over the pictures: the
 PSNR against the whole; the mean step between neighbouring pixels across borders of tiles divided by the mean step
 elsewhere (1: the borders cannot be told), beside the same at these places in the picture drawn whole; and the seconds.
-Borders are those of each tile's own ground, in the middle of the overlaps.
+Borders are those of each tile's own ground, in the middle of the overlaps, where they lie on average over the steps.
 """
 
 from __future__ import annotations

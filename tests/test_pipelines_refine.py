@@ -51,8 +51,29 @@ class Pointwise:
 @pytest.mark.parametrize("overlap", [1, 2, 4])
 def test_tiles_cover_everything_and_their_weights_add_up(size: tuple[int, int], overlap: int) -> None:
     sample = torch.randn(2, 4, *size)
-    (made,) = TiledUNet(Pointwise(), (8, 8), (overlap, overlap), None)(sample, 3.0)
-    assert torch.allclose(made, sample * 2 + 3, atol=1e-5)
+    unet = TiledUNet(Pointwise(), (8, 8), (overlap, overlap), None)
+    for timestep in range(9, 0, -1):  # the tiles are elsewhere at every step
+        (made,) = unet(sample, float(timestep))
+        assert torch.allclose(made, sample * 2 + timestep, atol=1e-4)
+
+
+def test_tiles_inside_are_elsewhere_at_every_step_and_the_same_within_one() -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    class Seeing(Pointwise):
+        def __call__(self, sample: torch.Tensor, timestep: Any, **_: Any) -> tuple[torch.Tensor]:
+            seen[-1].append(sample[0, 0, 0])
+            return super().__call__(sample, timestep)
+
+    unet, sample = TiledUNet(Seeing(), (8, 8), (4, 4), None), torch.arange(16.0).expand(1, 4, 8, 16)
+    for timestep in (900, 900, 600, 300, torch.tensor(1)):
+        seen.append([])
+        unet(sample, timestep)
+    starts = [[int(tile[0]) for tile in tiles] for tiles in seen]
+    assert starts[0] == starts[1] and len({tuple(places) for places in starts}) == 4
+    for places in starts:
+        assert len(places) == 3 and (places[0], places[-1]) == (0, 8)
+        assert all(1 <= after - before <= 6 for before, after in zip(places, places[1:], strict=False))
 
 
 def test_where_tiles_disagree_the_step_is_spread_over_their_overlap() -> None:
