@@ -27,7 +27,7 @@ from diptych.upscalers.engine import output_size, upscale_rows
 from diptych.upscalers.official import embedded_model
 from diptych.upscalers.passes import Cancel, Model, Progress
 from diptych.upscalers.picture_writer import check_writable
-from diptych.upscalers.runner import halo_of
+from diptych.upscalers.runner import halo_of, pixels_for
 from diptych.upscalers.sources import Source, StripSource, TensorSource
 
 T = TypeVar("T")
@@ -227,12 +227,14 @@ class Finish:
             if self.upscaler is None:
                 raise ValueError("this pipeline has no upscaler: load one with upscaler=DiptychUpscaler.from_name(...)")
             network = self.upscaler.network
+            device = self._execution_device  # type: ignore[attr-defined]
             model = Model(
                 compute=for_any_channels(self.upscaler, network.in_channels),
                 scale=network.scale,
                 halo=halo_of(network),
                 multiple=network.multiple,
-                device=self._execution_device,  # type: ignore[attr-defined]
+                device=device,
+                pixels=pixels_for(network, device, self.upscaler.dtype),
                 on_overflow=self.upscaler.widen,
                 modules=self.upscaler.modules,
             )

@@ -113,8 +113,8 @@ def _onednn_may_use_bf16() -> bool:
 def tile_pixels(device: torch.device, bytes_per_pixel: int = 6144) -> int:
     """How many input pixels one call of a network should get, halos included.
 
-    bytes_per_pixel: what the network holds at its widest, for each of them; the default is that of an RRDBNet in half
-    precision. On a cpu a tile may take half a gigabyte, on a GPU half of what is free; beyond the limits given here
+    bytes_per_pixel: what the network holds at its widest, for each of them; the default is twice what an RRDBNet of 64
+    features does in fp32, for networks of which nothing is known. On a cpu a tile may take half a gigabyte, on a GPU half of what is free; beyond the limits given here
     larger tiles gain nothing: their halos are a small part already.
     """
     if device.type == "cuda":

@@ -38,6 +38,20 @@ def halo_of(network: Network) -> int:
     return radius if radius is not None and radius <= _LARGEST_EXACT_HALO else _HALO
 
 
+def pixels_for(network: Network, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> int:
+    """How many input pixels a tile should have, halos included, for what `network` holds in memory."""
+    shape = network.hyperparameters
+    wide = shape.get("num_feat", 64)
+    if network.architecture == "SRVGGNetCompact":  # three layers at once, as large as the picture
+        features = 3.0 * wide
+    elif network.architecture == "RRDBNet" and not compiled:  # those, and a dense block's widest layer twice
+        features = (3 * wide + 2 * (wide + 4 * shape["num_grow_ch"])) / network.multiple**2
+    else:  # three layers as large as the result
+        features = 3.0 * wide * network.scale**2
+    held = features * (torch.finfo(dtype).bits // 8) + 12 * network.out_channels * network.scale**2
+    return tile_pixels(device, math.ceil(held))
+
+
 class Runner:
     """Computes tiles with a network: (N, in_channels, h, w) float32 in 0..1 -> (N, out_channels, ...), any float.
 
@@ -88,19 +102,6 @@ class Runner:
     def modules(self) -> Iterable[nn.Module]:
         """The modules that a call goes through; none where they were compiled into one."""
         return () if self._compile else self._module.modules()
-
-    def tile_pixels(self) -> int:
-        """How many input pixels a tile should have, halos included, for what this network holds in memory."""
-        network, shape = self._network, self._network.hyperparameters
-        wide = shape.get("num_feat", 64)
-        if network.architecture == "SRVGGNetCompact":  # three layers at once, as large as the picture
-            features = 3.0 * wide
-        elif network.architecture == "RRDBNet" and not self._compile:  # those, and a dense block's widest layer twice
-            features = (3 * wide + 2 * (wide + 4 * shape["num_grow_ch"])) / network.multiple**2
-        else:  # three layers as large as the result
-            features = 3.0 * wide * network.scale**2
-        held = features * (torch.finfo(self.dtype).bits // 8) + 12 * network.out_channels * network.scale**2
-        return tile_pixels(self.device, math.ceil(held))
 
     def _made(self, dtype: torch.dtype) -> nn.Module:
         module = copy.deepcopy(self._network.module).requires_grad_(False).eval()

@@ -31,7 +31,7 @@ from .passes import Cancel, Model, Progress
 from .picture_reader import PictureFile, open_picture
 from .picture_writer import check_writable, write_animation, write_picture
 from .pictures import array_to_pil, checked_array, checked_tensor, pil_to_array
-from .runner import Runner, halo_of
+from .runner import Runner, halo_of, pixels_for
 from .sources import ArraySource, Source, TensorSource, tensor_to_array
 from .tiles import Border
 
@@ -71,7 +71,7 @@ class Upscaler:
             halo=halo_of(network),
             multiple=network.multiple,
             device=self._runner.device,
-            pixels=self._runner.tile_pixels(),
+            pixels=pixels_for(network, self._runner.device, self._runner.dtype, compile),
             on_overflow=self._runner.widen,
             modules=self._runner.modules,
         )
