@@ -114,8 +114,8 @@ def tile_pixels(device: torch.device, bytes_per_pixel: int = 6144) -> int:
     """How many input pixels one call of a network should get, halos included.
 
     bytes_per_pixel: what the network holds at its widest, for each of them; the default is twice what an RRDBNet of 64
-    features does in fp32, for networks of which nothing is known. On a cpu a tile may take half a gigabyte, on a GPU half of what is free; beyond the limits given here
-    larger tiles gain nothing: their halos are a small part already.
+    features does in fp32, for networks of which nothing is known. On a cpu a tile may take half a gigabyte, on a GPU
+    half of what is free; beyond the limits given here larger tiles gain nothing: their halos are a small part already.
     """
     if device.type == "cuda":
         return max(min(torch.cuda.mem_get_info(device)[0] // 2 // bytes_per_pixel, 1 << 20), 1 << 12)

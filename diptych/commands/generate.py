@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         from diptych.pipelines.lean import start_lean
 
         start_lean()
+    if args.compile:
+        warnings.filterwarnings("ignore", module="torch._dynamo")  # what the compiler murmurs over diffusers' code
     fields, notes = _fields(args)
     prompts = args.prompt or [fields.pop("prompt", "")]
     fields.pop("prompt", None)
