@@ -39,6 +39,7 @@ from diptych.upscalers.tiles import span
 _STRIP_BYTES = {"cpu": 32 << 20}
 _STRIP_BYTES_ELSEWHERE = 256 << 20  # of a GPU, which wants more work at a time
 _WHOLE_BYTES = 64 << 20  # up to here a block of layers is run as it is
+_HELD_BYTES = 1 << 30  # of feature maps in a process's own memory; a file stays in the system's while there is room
 
 
 def runs_in_strips(vae: Any) -> bool:
@@ -58,7 +59,8 @@ def decode_strips(
     """Decodes latents (1, C, h, w), scaled as `vae.decode` takes them: strips (1, 3, some, W), about -1..1, on the
     device of the latents, from top to bottom.
 
-    budget: bytes of feature maps to hold in memory; None is half of what is free. The rest is in a temporary file.
+    budget: bytes of feature maps to hold in memory; None is half of what is free, and of a computer's at most a
+        gigabyte. The rest is in a temporary file.
     The whole picture is known to all layers before its first row comes: latents that overflow do so before.
     Raises Cancelled within one strip, OutOfMemory, DiptychError if the temporary file does not fit its disk.
     """
@@ -110,8 +112,10 @@ class _Budget:
 
     def __init__(self, device: torch.device, limit: int | None) -> None:
         if limit is None:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-            limit = free // 2
+            if device.type == "cuda":
+                limit = torch.cuda.mem_get_info(device)[0] // 2
+            else:
+                limit = min(psutil.virtual_memory().available // 2, _HELD_BYTES)
         self.limit, self.held = limit, 0
 
 
