@@ -91,7 +91,7 @@ def request_fields(info: Infotext) -> tuple[dict[str, Any], list[str]]:
     take("Loras", "loras", _loras)
     if settings.pop("RNG", "GPU") != "CPU":
         fields["noise_device"] = "device"
-        notes.append("its noise was drawn on a GPU: on a CPU the picture will differ")
+        notes.append("if its noise was drawn on a GPU, the picture will differ on a CPU")
     unused = [name for name in settings if name not in _SILENT]
     if unused:
         notes.append(f"not used from its settings: {', '.join(unused)}")

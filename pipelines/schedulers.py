@@ -82,14 +82,21 @@ def _counted_from_the_start(scheduler: Any) -> Any:
     """The scheduler, made to take its steps by number instead of looking them up by timestep.
 
     With zero terminal SNR, Karras' sigmas give the same timestep several times, and the search finds the wrong one
-    (an IndexError in diffusers 0.42). Pipelines that begin later set their own beginning afterwards.
+    (an IndexError in diffusers 0.42). Pipelines that begin later set their own beginning afterwards. And a single step
+    spaced as "linspace" would be the last timestep, hardly any noise, where Automatic1111 takes the first.
     """
     if hasattr(scheduler, "set_begin_index"):
         set_timesteps = scheduler.set_timesteps
 
         @functools.wraps(set_timesteps)
         def set_timesteps_and_begin(*args: Any, **kwargs: Any) -> None:
+            steps = args[0] if args else kwargs.get("num_inference_steps")
+            spacing = scheduler.config.get("timestep_spacing")
+            if steps == 1 and spacing == "linspace":
+                scheduler.register_to_config(timestep_spacing="trailing")
             set_timesteps(*args, **kwargs)
+            if steps == 1 and spacing == "linspace":
+                scheduler.register_to_config(timestep_spacing=spacing)
             scheduler.set_begin_index(0)
 
         scheduler.set_timesteps = set_timesteps_and_begin

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import PNDMScheduler
 from PIL import Image
 
 from diptych.errors import Cancelled, CheckpointError, ModelNotFound, UnknownArchitecture
@@ -279,6 +280,14 @@ def test_every_sampler_of_the_table_is_made_and_named_again(sampler: Any, pipeli
     assert type(scheduler).__name__ == sampler.class_name
     assert sampler_name(scheduler) == (sampler.name, "Automatic")
     assert type(make_scheduler(sampler.class_name, config)[0]).__name__ == sampler.class_name
+
+
+@pytest.mark.parametrize("name", ["Euler", "Euler a", "LMS", "DPM++ 2M"])
+def test_a_single_step_begins_at_the_noise(name: str) -> None:
+    scheduler, _ = make_scheduler(name, PNDMScheduler(beta_schedule="scaled_linear").config)  # Stable Diffusion 1.x
+    scheduler.set_timesteps(1)
+    assert scheduler.timesteps.tolist() == [999] and scheduler.sigmas[0] == scheduler.sigmas.max() > 1
+    assert scheduler.config.timestep_spacing == "linspace"
 
 
 @pytest.mark.parametrize("kind", SCHEDULE_TYPES)
