@@ -23,13 +23,13 @@ class LatentsAsImage:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers."""
-        self.image_processor.register_to_config(vae_latent_channels=self.vae.config.latent_channels)
+        if self._latent_channels != 3:
+            self.image_processor.register_to_config(vae_latent_channels=self._latent_channels)
         return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def prepare_latents(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """diffusers'; latents that it does not know for some pass through its encoding unchanged."""
-        channels = self.vae.config.latent_channels
-        if channels in (3, _PLAIN) or image.shape[1] != channels:
+        if self._latent_channels in (3, _PLAIN) or image.shape[1] != self._latent_channels:
             return super().prepare_latents(image, *args, **kwargs)  # type: ignore[misc]
         scaling = self.vae.config.scaling_factor
         self.vae.__dict__["encode"] = lambda latents: SimpleNamespace(latents=latents / scaling)
@@ -37,6 +37,11 @@ class LatentsAsImage:
             return super().prepare_latents(image, *args, **kwargs)  # type: ignore[misc]
         finally:
             del self.vae.__dict__["encode"]
+
+    @property
+    def _latent_channels(self) -> int:
+        """With 3 what looks like a picture is one."""
+        return self.vae.config.latent_channels
 
 
 class PlainUNets:

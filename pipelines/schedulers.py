@@ -91,12 +91,14 @@ def _counted_from_the_start(scheduler: Any) -> Any:
         @functools.wraps(set_timesteps)
         def set_timesteps_and_begin(*args: Any, **kwargs: Any) -> None:
             steps = args[0] if args else kwargs.get("num_inference_steps")
-            spacing = scheduler.config.get("timestep_spacing")
-            if steps == 1 and spacing == "linspace":
+            alone = steps == 1 and scheduler.config.get("timestep_spacing") == "linspace"
+            if alone:
                 scheduler.register_to_config(timestep_spacing="trailing")
-            set_timesteps(*args, **kwargs)
-            if steps == 1 and spacing == "linspace":
-                scheduler.register_to_config(timestep_spacing=spacing)
+            try:
+                set_timesteps(*args, **kwargs)
+            finally:
+                if alone:
+                    scheduler.register_to_config(timestep_spacing="linspace")
             scheduler.set_begin_index(0)
 
         scheduler.set_timesteps = set_timesteps_and_begin

@@ -34,13 +34,11 @@ def start_as_principal_components(vae: Any, pictures: Tensor) -> None:
             f"each of the {latents} latent ones, in groups of a multiple of four; here {wide} in groups of {narrow}."
         )
     blocks = [*encoder.down_blocks, encoder.mid_block]
-    for resnet in (resnet for block in blocks for resnet in block.resnets):
-        init.zeros_(resnet.conv2.weight)
-        init.zeros_(resnet.conv2.bias)
-    for attention in encoder.mid_block.attentions:
-        if attention is not None:
-            init.zeros_(attention.to_out[0].weight)
-            init.zeros_(attention.to_out[0].bias)
+    silent = [resnet.conv2 for block in blocks for resnet in block.resnets]
+    silent += [attention.to_out[0] for attention in encoder.mid_block.attentions if attention is not None]
+    for layer in (*silent, encoder.conv_out, vae.quant_conv):
+        init.zeros_(layer.weight)
+        init.zeros_(layer.bias)
 
     features, count = pictures, pictures.shape[1]
     _set_rows(encoder.conv_in, torch.eye(count)[:, :, None, None], 1)
@@ -48,7 +46,8 @@ def start_as_principal_components(vae: Any, pictures: Tensor) -> None:
         if block.resnets[0].conv_shortcut is not None:
             _set_rows(block.resnets[0].conv_shortcut, torch.eye(count)[:, :, None, None])
         last = level == len(encoder.down_blocks) - 2
-        keep = min(4 * count, latents if last else block.resnets[0].out_channels // 2)
+        room = block.resnets[0].out_channels
+        keep = min(4 * count, room, latents) if last else min(4 * count, room // 2)
         kernels, mean, spread = _components(features, keep)
         if last:
             kernels = kernels / spread.sqrt()[:, None, None, None] / spread.mean().sqrt()
@@ -65,10 +64,7 @@ def start_as_principal_components(vae: Any, pictures: Tensor) -> None:
     variance = torch.ones(wide).index_copy(0, torch.arange(len(power)), power)
     variance = variance.unflatten(0, (-1, narrow)).mean(1).repeat_interleave(narrow)
     encoder.conv_norm_out.weight[: len(power)] = variance[: len(power)].sqrt()
-    for convolution in (encoder.conv_out, vae.quant_conv):
-        init.zeros_(convolution.weight)
-        init.zeros_(convolution.bias)
-    _set_rows(encoder.conv_out, (rows.T)[:, :, None, None], 1)
+    _set_rows(encoder.conv_out, rows.T[:, :, None, None], 1)
     _set_rows(vae.quant_conv, torch.eye(2 * latents)[:, :, None, None])
     init.constant_(vae.quant_conv.bias[latents:], LOG_VARIANCE)
 

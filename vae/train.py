@@ -94,7 +94,7 @@ def train(config_file: str, resume: bool = False) -> Path:
     run.keep_config(config_file)
     torch.manual_seed(config.run.seed)
     vae = _build(config.model)
-    if config.model.start_from is None and config.model.principal_components:
+    if config.model.start_from is None and config.model.principal_components and not resume:
         rng = np.random.default_rng(config.run.seed)
         start_as_principal_components(vae, as_tensor(source.batch(rng, PRINCIPAL_PICTURES, config.model.side)[0]))
     vae.to(run.device)
