@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -57,7 +57,8 @@ class Config:
     trained without caption; cached_pictures: how many captioned pictures are encoded before the first step; noise_bias:
     above 1 trains more on high noise, where only the caption says what to draw; start_from: a pipeline folder whose
     tokenizer, text encoder and UNet are trained on; text_steps: steps in which the text encoder alone learns to foresee
-    the latents of its captions, so that the UNet meets words that already mean something.
+    the latents of its captions, so that the UNet meets words that already mean something; optimizer: `muon` (Jordan et
+    al. 2024) trains the matrices and convolutions inside the UNet and the text encoder, AdamW the rest, or all.
     """
 
     run: RunConfig
@@ -74,10 +75,15 @@ class Config:
     sample_guidance: float = 3.0
     start_from: str | None = None
     text_steps: int = 0
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __post_init__(self) -> None:
         if self.noise_bias < 1:
             raise ValueError(f"noise_bias must be at least 1, not {self.noise_bias}.")
+        if self.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"optimizer = 'muon' needs PyTorch 2.9 or later; this is {torch.__version__}.")
+        if self.optimizer == "muon" and self.run.mixed_precision == "fp16":
+            raise ValueError("optimizer = 'muon' trains in bf16 or without mixed precision, not in fp16.")
 
 
 class Denoiser(torch.nn.Module):
@@ -111,18 +117,18 @@ def train(config_file: str, resume: bool = False) -> Path:
     run.lay_out(denoiser)
     average = ema_of(denoiser, config.ema)
     scheduler = _scheduler()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
-    run.attach(denoiser=denoiser, average=average, optimizer=optimizer)
+    optimizers = _optimizers(denoiser, config)
+    run.attach(denoiser=denoiser, average=average, **optimizers)
     latents, tokens = _cache(run, source, vae.to(run.device), tokenizer, config)
     empty = torch.tensor(_tokenize(tokenizer, [""], config)[0])
     samples = _sample_captions(source, config)
     if not resume:
         _teach_words(run, denoiser.text_encoder, latents, tokens, config)
         average.module.load_state_dict(denoiser.state_dict())
-    model, optimizer = run.accelerator.prepare(denoiser, optimizer)
+    model, *prepared = run.accelerator.prepare(denoiser, *optimizers.values())
 
     for step in run.steps():
-        run.set_learning_rate(step, config.learning_rate, config.warmup, optimizer)
+        run.set_learning_rate(step, config.learning_rate, config.warmup, *prepared)
         rng, generator = run.rng(step), run.generator(step)
         chosen = torch.from_numpy(rng.integers(len(latents), size=config.batch))
         clean, captions = latents[chosen].float(), tokens[chosen].long()
@@ -137,10 +143,11 @@ def train(config_file: str, resume: bool = False) -> Path:
         target = scheduler.get_velocity(clean, noise, timesteps)  # v = sqrt(a) noise - sqrt(1 - a) clean
         with run.accelerator.autocast():
             loss = (model(noisy, timesteps, captions) - target).square().mean()
-        optimizer.zero_grad()
+        denoiser.zero_grad()
         run.accelerator.backward(loss)
         norm = run.accelerator.clip_grad_norm_(denoiser.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in prepared:
+            optimizer.step()
         average.update_parameters(denoiser)
         run.log(loss=loss, gradient=norm)
 
@@ -194,10 +201,45 @@ def _build(config: Config, vae: Any, vocabulary: int) -> Denoiser:
         cross_attention_dim=model.text_width,
         attention_head_dim=model.heads,
         norm_num_groups=model.norm_groups,
+        resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",  # the caption, pooled, joins the timestep: words find their pictures sooner
         addition_embed_type_num_heads=model.heads,
     )
     return Denoiser(text_encoder, unet)
+
+
+def _optimizers(denoiser: Denoiser, config: Config) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for everything, or Muon where an orthogonal step means something and AdamW for the rest."""
+    rate = config.learning_rate
+    if config.optimizer == "adamw":
+        return {"adamw": torch.optim.AdamW(denoiser.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.01)}
+    ends = (denoiser.unet.conv_in, denoiser.unet.conv_out)
+    inner = [m for m in denoiser.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d) and m not in ends]
+    taken = {id(layer.weight) for layer in inner}
+    rest = [weight for weight in denoiser.parameters() if id(weight) not in taken]
+    return {
+        "adamw": torch.optim.AdamW(rest, rate, betas=(0.9, 0.99), weight_decay=0.01),
+        "muon": _muon([layer.weight for layer in inner], rate),
+    }
+
+
+def _muon(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """PyTorch's Muon, which takes matrices only, for weights of convolutions too: each as outputs x all the rest."""
+
+    def matrix(weight: Tensor) -> Tensor:  # without a copy, in either memory format
+        by_channel = weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+        return (weight.permute(0, 2, 3, 1) if by_channel else weight).flatten(1)
+
+    class Muon(torch.optim.Muon):
+        def step(self, closure: Any = None) -> Any:
+            for weight, view in zip(weights, self.param_groups[0]["params"], strict=True):
+                assert weight.grad is not None and view.data_ptr() == weight.data_ptr()
+                gradient = torch.empty_like(weight).copy_(weight.grad)  # in the weight's own memory format
+                view.grad = matrix(gradient)
+            return super().step(closure)
+
+    views = [torch.nn.Parameter(matrix(weight.detach())) for weight in weights]
+    return Muon(views, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
 
 
 def _scheduler() -> Any:

@@ -1,6 +1,7 @@
 """Glyph compositions: deterministic, captioned truthfully, split for good; and the measure that recognises them."""
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +59,16 @@ def test_captions_say_what_is_in_the_picture(source: GlyphSource) -> None:
         assert singular <= known | plurals, said
 
 
-def test_glyphs_lie_inside_the_picture_and_do_not_cover_each_other(source: GlyphSource) -> None:
-    for composition in source.compositions(np.random.default_rng(2), 300):
+@pytest.mark.parametrize("grid", [0, 8, 16, 32])
+@pytest.mark.parametrize("sizes", [(0.55, 0.95), (0.875, 0.875)])
+def test_glyphs_lie_inside_the_picture_on_the_grid_and_do_not_cover_each_other(
+    source: GlyphSource, grid: int, sizes: tuple[float, float]
+) -> None:
+    for composition in replace(source, sizes=sizes, grid=grid).compositions(np.random.default_rng(2), 300):
         boxes = [(g.left, g.top, g.left + g.size, g.top + g.size) for g in composition.glyphs]
         for box in boxes:
             assert min(box[:2]) >= 0 and max(box[2:]) <= 1 + 1e-9
+            assert box[2] > box[0] and all(v * grid == round(v * grid) for v in box)
         for i, a in enumerate(boxes):
             for b in boxes[:i]:
                 assert a[2] <= b[0] + 1e-9 or b[2] <= a[0] + 1e-9 or a[3] <= b[1] + 1e-9 or b[3] <= a[1] + 1e-9

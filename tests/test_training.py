@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,7 @@ text_layers = 1
 tokens = 16
 vocabulary = 600
 """
+MUON = 'optimizer = "muon"' + DIFFUSION
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +87,7 @@ def trained_vae(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def configuration(kind: str, folder: Path, pictures: Path, vae: Path | None = None, precision: str = "no") -> Path:
-    text = {"vae": VAE, "diffusion": DIFFUSION}[kind]
+    text = {"vae": VAE, "diffusion": DIFFUSION, "muon": MUON}[kind]
     path = folder.with_suffix(".toml")
     path.parent.mkdir(exist_ok=True)
     path.write_text(text.format(folder=folder, pictures=pictures, vae=vae, precision=precision))
@@ -97,7 +99,7 @@ def run(kind: str, folder: Path, pictures: Path, vae: Path | None = None, resume
     from diptych.vae.train import train as train_vae
 
     config = configuration(kind, folder / "run", pictures, vae, precision)
-    return {"vae": train_vae, "diffusion": train_diffusion}[kind](str(config), resume)
+    return (train_vae if kind == "vae" else train_diffusion)(str(config), resume)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -107,8 +109,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["vae", "diffusion"])
-@pytest.mark.parametrize("stopped_at", [2, 3, 5])
+@pytest.mark.parametrize(("kind", "stopped_at"), [*product(["vae", "diffusion"], [2, 3, 5]), ("muon", 3)])
 def test_a_run_interrupted_at_any_step_resumes_to_the_same_weights(
     kind: str, stopped_at: int, pictures: Path, trained_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +135,37 @@ def test_a_run_interrupted_at_any_step_resumes_to_the_same_weights(
         assert torch.equal(whole[key], resumed[key]), key
     rows = (tmp_path / "parts/run/metrics.csv").read_text()
     assert rows == (tmp_path / "whole/run/metrics.csv").read_text()
+
+
+def test_muon_steps_are_orthogonal_matrices_whatever_the_memory_format() -> None:
+    from diptych.pipelines.train import _muon
+
+    torch.manual_seed(0)
+    before, gradient = torch.randn(8, 4, 3, 3), torch.randn(8, 4, 3, 3)
+    moves = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        weight = torch.nn.Parameter(before.clone(memory_format=memory_format))
+        weight.grad = gradient.clone()
+        _muon([weight], 0.1).step()
+        moves.append(before * (1 - 0.1 * 0.01) - weight.detach())  # without the decay
+    assert torch.allclose(moves[0], moves[1], atol=1e-3)
+    sizes = torch.linalg.svdvals(moves[0].flatten(1))
+    assert sizes.max() / sizes.min() < 2 and torch.linalg.svdvals(gradient.flatten(1)).diff().abs().max() > 0.1
+    assert abs(moves[0].square().mean().sqrt() / (0.1 * 0.2) - 1) < 0.3, "as large as a step of AdamW"
+    assert (moves[0] * gradient).sum() > 0, "downhill"
+
+
+@pytest.mark.parametrize(
+    ("precision", "version", "sentence"),
+    [("fp16", True, "bf16 or without mixed precision, not in fp16"), ("no", False, "needs PyTorch 2.9")],
+)
+def test_muon_is_refused_where_it_cannot_run(
+    precision: str, version: bool, sentence: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not version:
+        monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match=sentence):
+        run("muon", tmp_path, pictures, tmp_path / "vae", precision=precision)
 
 
 def test_workers_change_nothing_but_the_time(pictures: Path, trained_vae: Path, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ discriminator_feat = 4
 [loss]
 gan_from = 1
 """
-KINDS = ("vae", "diffusion", "upscaler")
+KINDS = ("vae", "diffusion", "muon", "upscaler")
 
 
 def test_two_processes_keep_one_model_and_resume_to_the_same_weights(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def both_processes(folder: Path) -> None:
     """What each process does: every trainer whole, then stopped after step 5 of 6 and resumed."""
     import torch
     from safetensors.torch import load_file
-    from test_training import DIFFUSION, VAE
+    from test_training import DIFFUSION, MUON, VAE
 
     from diptych.pipelines.train import train as train_diffusion
     from diptych.training import Run
@@ -66,9 +66,10 @@ def both_processes(folder: Path) -> None:
     texts = {
         "vae": VAE,
         "diffusion": DIFFUSION.replace("cached_pictures", "text_steps = 2\ncached_pictures"),
+        "muon": MUON,
         "upscaler": UPSCALER,
     }
-    trainers = {"vae": train_vae, "diffusion": train_diffusion, "upscaler": train_upscaler}
+    trainers = {"vae": train_vae, "diffusion": train_diffusion, "muon": train_diffusion, "upscaler": train_upscaler}
     attach, steps = Run.attach, Run.steps
     attached: dict[str, torch.nn.Module] = {}
 

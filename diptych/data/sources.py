@@ -29,14 +29,14 @@ class Source(Protocol):
 class DataConfig:
     """The TOML table `[data]`: either `folder`, or `subjects`, a list of glyph names (see `glyphs.read_subjects`).
 
-    counts: probabilities of one, two and three glyphs in a picture; sizes: the smallest and largest single glyph, as
-    fractions of the side.
+    counts, sizes, grid: of the compositions, see `glyphs.compose`.
     """
 
     folder: str | None = None
     subjects: str | None = None
     counts: tuple[float, ...] = (0.7, 0.2, 0.1)
     sizes: tuple[float, float] = (0.55, 0.95)
+    grid: int = 0
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.subjects is None):
@@ -51,7 +51,7 @@ class DataConfig:
         if self.folder is not None:
             return FolderSource(tuple(folders.find_pictures(self.folder)))
         assert self.subjects is not None
-        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts, sizes=self.sizes)
+        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts, sizes=self.sizes, grid=self.grid)
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class GlyphSource:
     counts: tuple[float, ...] = (0.7, 0.2, 0.1)
     test_split: bool = False
     sizes: tuple[float, float] = (0.55, 0.95)
+    grid: int = 0
 
     @cached_property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
@@ -92,7 +93,7 @@ class GlyphSource:
     def compositions(self, rng: np.random.Generator, number: int) -> list[glyphs.Composition]:
         found: list[glyphs.Composition] = []
         while len(found) < number:
-            composition = glyphs.compose(rng, self.vocabulary, self.counts, self.sizes)
+            composition = glyphs.compose(rng, self.vocabulary, self.counts, self.sizes, self.grid)
             if composition.held_out == self.test_split:
                 found.append(composition)
         return found
