@@ -74,6 +74,18 @@ def test_glyphs_lie_inside_the_picture_on_the_grid_and_do_not_cover_each_other(
                 assert a[2] <= b[0] + 1e-9 or b[2] <= a[0] + 1e-9 or a[3] <= b[1] + 1e-9 or b[3] <= a[1] + 1e-9
 
 
+@pytest.mark.parametrize("grid", [0, 16])
+def test_without_spread_everything_lies_in_the_middle_of_its_cell(source: GlyphSource, grid: int) -> None:
+    for composition in replace(source, grid=grid, spread=0.0).compositions(np.random.default_rng(5), 200):
+        number = len(composition.glyphs)
+        middles = [(g.left + g.size / 2, g.top + g.size / 2) for g in composition.glyphs]
+        across = number == 1 or len({round(y, 6) for _, y in middles}) == 1 or middles[0][0] < middles[-1][0] - 0.2
+        for index, (x, y) in enumerate(middles):
+            along, aside = (x, y) if across else (y, x)
+            assert abs(along - (index + 0.5) / number) <= (1 / grid if grid else 1e-9)
+            assert abs(aside - 0.5) <= (1 / grid if grid else 1e-9)
+
+
 def test_a_picture_is_its_background_where_no_glyph_is(source: GlyphSource) -> None:
     for composition in source.compositions(np.random.default_rng(6), 50):
         picture, ground = glyphs.render(composition, 64), glyphs.paint(composition.background, 64)

@@ -168,6 +168,35 @@ def test_muon_is_refused_where_it_cannot_run(
         run("muon", tmp_path, pictures, tmp_path / "vae", precision=precision)
 
 
+def test_the_text_encoder_learns_to_foresee_each_cell_of_the_latents(
+    pictures: Path, trained_vae: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path in pictures.glob("*.png"):  # as large as the model's, so that a caption has one picture
+        Image.open(path).resize((32, 32)).save(tmp_path / path.name)
+        (tmp_path / f"{path.stem}.txt").write_text((pictures / f"{path.stem}.txt").read_text())
+    config = configuration("muon", tmp_path / "run", tmp_path, trained_vae)
+    text = config.read_text().replace("cached_pictures = 8", "cached_pictures = 64\ntext_steps = 600")
+    config.write_text(text.replace("tokens = 16", "tokens = 24\nsketch = 4").replace("\nsteps = 6", "\nsteps = 1"))
+    from diptych.pipelines.train import train
+
+    with caplog.at_level("INFO", logger="diptych.pipelines.train"):
+        train(str(config))
+    left = [record.args[1] for record in caplog.records if record.msg.startswith("words")]
+    assert len(left) == 6 and left[-1] < 0.85 < left[0]
+
+
+@pytest.mark.parametrize(("sketch", "sentence"), [(3, "does not divide the 16 latents"), (4, "square below tokens")])
+def test_a_sketch_that_does_not_fit_is_refused(
+    sketch: int, sentence: str, pictures: Path, trained_vae: Path, tmp_path: Path
+) -> None:
+    from diptych.pipelines.train import train
+
+    config = configuration("diffusion", tmp_path / "run", pictures, trained_vae)
+    config.write_text(config.read_text().replace("tokens = 16", f"tokens = 16\nsketch = {sketch}"))
+    with pytest.raises(ValueError, match=sentence):
+        train(str(config))
+
+
 def test_workers_change_nothing_but_the_time(pictures: Path, trained_vae: Path, tmp_path: Path) -> None:
     from diptych.vae.train import train
 

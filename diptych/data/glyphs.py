@@ -223,12 +223,14 @@ def compose(
     counts: Sequence[float] = (0.7, 0.2, 0.1),
     sizes: tuple[float, float] = (0.55, 0.95),
     grid: int = 0,
+    spread: float = 1.0,
 ) -> Composition:
     """One composition of either split, drawn from `rng`.
 
     counts: probabilities of one, two and three glyphs; sizes: the smallest and largest glyph, as fractions of its cell
     (the whole side for one glyph), several glyphs at least 0.75; grid: places and sizes are whole parts of the side,
-    1/grid each, 0 for any. With one part for each latent of an autoencoder a glyph has the same latents everywhere.
+    1/grid each, 0 for any (with one part for each latent of an autoencoder a glyph has the same latents everywhere);
+    spread: 1 for any place, 0 for the middle.
     """
     subjects = list(vocabulary)
     number = 1 + int(rng.choice(3, p=np.asarray(counts) / np.sum(counts)))
@@ -240,11 +242,11 @@ def compose(
     names = [str(c) for c in rng.choice(list(COLOURS), 1 if kind == "plain" else 2, replace=False)]
     background = Background(kind, tuple(names))
     caption = _caption(rng, vocabulary, chosen, same, background)
-    return Composition(_place(rng, chosen, sizes, grid), background, caption)
+    return Composition(_place(rng, chosen, sizes, grid, spread), background, caption)
 
 
 def _place(
-    rng: np.random.Generator, subjects: Sequence[str], sizes: tuple[float, float], grid: int
+    rng: np.random.Generator, subjects: Sequence[str], sizes: tuple[float, float], grid: int, spread: float
 ) -> tuple[Placement, ...]:
     """One glyph anywhere; several side by side or one above the other, each in a cell of its own, near the middle."""
 
@@ -254,18 +256,22 @@ def _place(
         first, last = math.ceil(low * grid - 1e-6), math.floor(high * grid + 1e-6)
         return float(rng.integers(min(first, last), last + 1)) / grid
 
+    def somewhere(low: float, high: float) -> float:
+        middle, reach = (low + high) / 2, spread * (high - low) / 2
+        return between(middle - reach, middle + reach)
+
     number = len(subjects)
     if number == 1:
         size = between(*sizes)
-        return (Placement(subjects[0], between(0, 1 - size), between(0, 1 - size), size),)
+        return (Placement(subjects[0], somewhere(0, 1 - size), somewhere(0, 1 - size), size),)
     across = rng.random() < 0.75
     cell = 1 / number
     least = max(sizes[0], 0.75)
     placements = []
     for index, subject in enumerate(subjects):
         size = between(least * cell, max(least, sizes[1]) * cell)
-        along = between(index * cell, (index + 1) * cell - size)
-        aside = between((1 - size) / 4, (1 - size) * 3 / 4)
+        along = somewhere(index * cell, (index + 1) * cell - size)
+        aside = somewhere((1 - size) / 4, (1 - size) * 3 / 4)
         placements.append(Placement(subject, *((along, aside) if across else (aside, along)), size))
     return tuple(placements)
 

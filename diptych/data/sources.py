@@ -29,7 +29,7 @@ class Source(Protocol):
 class DataConfig:
     """The TOML table `[data]`: either `folder`, or `subjects`, a list of glyph names (see `glyphs.read_subjects`).
 
-    counts, sizes, grid: of the compositions, see `glyphs.compose`.
+    counts, sizes, grid, spread: of the compositions, see `glyphs.compose`.
     """
 
     folder: str | None = None
@@ -37,6 +37,7 @@ class DataConfig:
     counts: tuple[float, ...] = (0.7, 0.2, 0.1)
     sizes: tuple[float, float] = (0.55, 0.95)
     grid: int = 0
+    spread: float = 1.0
 
     def __post_init__(self) -> None:
         if (self.folder is None) == (self.subjects is None):
@@ -51,7 +52,7 @@ class DataConfig:
         if self.folder is not None:
             return FolderSource(tuple(folders.find_pictures(self.folder)))
         assert self.subjects is not None
-        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts, sizes=self.sizes, grid=self.grid)
+        return GlyphSource(glyphs.read_subjects(self.subjects), self.counts, False, self.sizes, self.grid, self.spread)
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class GlyphSource:
     test_split: bool = False
     sizes: tuple[float, float] = (0.55, 0.95)
     grid: int = 0
+    spread: float = 1.0
 
     @cached_property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
@@ -93,7 +95,7 @@ class GlyphSource:
     def compositions(self, rng: np.random.Generator, number: int) -> list[glyphs.Composition]:
         found: list[glyphs.Composition] = []
         while len(found) < number:
-            composition = glyphs.compose(rng, self.vocabulary, self.counts, self.sizes, self.grid)
+            composition = glyphs.compose(rng, self.vocabulary, self.counts, self.sizes, self.grid, self.spread)
             if composition.held_out == self.test_split:
                 found.append(composition)
         return found
