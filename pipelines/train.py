@@ -245,6 +245,7 @@ def _muon(weights: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
     class Muon(torch.optim.Muon):
         def step(self, closure: Any = None) -> Any:
             for weight, view in zip(weights, self.param_groups[0]["params"], strict=True):
+                view.data = matrix(weight.detach())  # anew: a weight's storage changes where several processes train
                 assert weight.grad is not None and view.data_ptr() == weight.data_ptr()
                 gradient = torch.empty_like(weight).copy_(weight.grad)  # in the weight's own memory format
                 view.grad = matrix(gradient)

@@ -186,7 +186,7 @@ def download(
         hint = "choose another folder" if folder else "set DIPTYCH_HOME to a folder"
         raise DiptychError(f"{target.parent} cannot be made ({error.strerror}): {hint}") from error
     # Two processes may fetch the same file at once: both write the same bytes at the same places, and the one that is
-    # second to finish finds the part gone and the file in place.
+    # second to finish finds the part gone, or a new one just begun, and the file in place.
     part = target.with_name(target.name + ".part")
     try:
         _fetch_stubbornly(entry, part, progress, cancel)
@@ -196,9 +196,10 @@ def download(
             return target
         part.unlink()
     except FileNotFoundError:
-        if target.is_file():
-            return target
-        raise
+        if not target.is_file():
+            raise
+    if target.is_file():
+        return target
     raise CheckpointError(_by_hand(entry, target.parent, f"was downloaded with the wrong contents (SHA-256 {digest})"))
 
 
