@@ -74,6 +74,12 @@ def test_glyphs_lie_inside_the_picture_on_the_grid_and_do_not_cover_each_other(
                 assert a[2] <= b[0] + 1e-9 or b[2] <= a[0] + 1e-9 or a[3] <= b[1] + 1e-9 or b[3] <= a[1] + 1e-9
 
 
+@pytest.mark.parametrize("wrong", [{"grid": -1}, {"spread": 1.5}, {"spread": -0.1}])
+def test_a_grid_or_spread_that_cannot_be_is_refused(wrong: dict) -> None:
+    with pytest.raises(ValueError, match="grid must be at least 0 and spread from 0 to 1"):
+        DataConfig(subjects=str(LIST), **wrong).open()
+
+
 @pytest.mark.parametrize("grid", [0, 16])
 def test_without_spread_everything_lies_in_the_middle_of_its_cell(source: GlyphSource, grid: int) -> None:
     for composition in replace(source, grid=grid, spread=0.0).compositions(np.random.default_rng(5), 200):

@@ -227,10 +227,10 @@ def compose(
 ) -> Composition:
     """One composition of either split, drawn from `rng`.
 
-    counts: probabilities of one, two and three glyphs; sizes: the smallest and largest glyph, as fractions of its cell
-    (the whole side for one glyph), several glyphs at least 0.75; grid: places and sizes are whole parts of the side,
-    1/grid each, 0 for any (with one part for each latent of an autoencoder a glyph has the same latents everywhere);
-    spread: 1 for any place, 0 for the middle.
+    counts: probabilities of one, two and three glyphs; sizes: the smallest and largest single glyph, of the side;
+    grid: places and sizes are whole parts of the side, 1/grid each, 0 for any (with one part for each latent of an
+    autoencoder a glyph has the same latents everywhere); spread: 1 for any place, and any size of several glyphs, 0 for
+    the middle of both.
     """
     subjects = list(vocabulary)
     number = 1 + int(rng.choice(3, p=np.asarray(counts) / np.sum(counts)))
@@ -248,7 +248,7 @@ def compose(
 def _place(
     rng: np.random.Generator, subjects: Sequence[str], sizes: tuple[float, float], grid: int, spread: float
 ) -> tuple[Placement, ...]:
-    """One glyph anywhere; several side by side or one above the other, each in a cell of its own, near the middle."""
+    """One glyph anywhere; several side by side or one above the other, in cells of their own, anywhere in the cell."""
 
     def between(low: float, high: float) -> float:
         if not grid:
@@ -266,12 +266,11 @@ def _place(
         return (Placement(subjects[0], somewhere(0, 1 - size), somewhere(0, 1 - size), size),)
     across = rng.random() < 0.75
     cell = 1 / number
-    least = max(sizes[0], 0.75)
     placements = []
     for index, subject in enumerate(subjects):
-        size = between(least * cell, max(least, sizes[1]) * cell)
+        size = somewhere(0.75 * cell, cell)
         along = somewhere(index * cell, (index + 1) * cell - size)
-        aside = somewhere((1 - size) / 4, (1 - size) * 3 / 4)
+        aside = somewhere(0, 1 - size)
         placements.append(Placement(subject, *((along, aside) if across else (aside, along)), size))
     return tuple(placements)
 

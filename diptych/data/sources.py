@@ -49,6 +49,8 @@ class DataConfig:
         """Raises ImageError, ModelNotFound or ValueError where there is nothing to read."""
         if not 0 < self.sizes[0] <= self.sizes[1] <= 1:
             raise ValueError(f"sizes must be two fractions of the side, the smaller first, not {self.sizes}.")
+        if self.grid < 0 or not 0 <= self.spread <= 1:
+            raise ValueError(f"grid must be at least 0 and spread from 0 to 1, not {self.grid} and {self.spread}.")
         if self.folder is not None:
             return FolderSource(tuple(folders.find_pictures(self.folder)))
         assert self.subjects is not None
