@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -166,7 +167,7 @@ def vocabulary(subjects: Sequence[str]) -> dict[str, tuple[str, ...]]:
         for node in ElementTree.parse(path).iter("annotation"):
             subject = by_character.get(node.get("cp", ""))
             if subject and node.text:
-                words[subject] += [word.strip().lower() for word in node.text.split("|")]
+                words[subject] += [word.strip() for word in node.text.lower().split("|") if re.search("[a-z]", word)]
     uses = Counter(word for found in words.values() for word in set(found))
     return {
         subject: (subject, *sorted({w for w in found if uses[w] == 1 and w != subject and w.isascii()}))
@@ -230,7 +231,7 @@ def compose(
     counts: probabilities of one, two and three glyphs; sizes: the smallest and largest single glyph, of the side;
     grid: places and sizes are whole parts of the side, 1/grid each, 0 for any (with one part for each latent of an
     autoencoder a glyph has the same latents everywhere); spread: 1 for any place, and any size of several glyphs, 0 for
-    the middle of both.
+    the middle of both, several in a row.
     """
     subjects = list(vocabulary)
     number = 1 + int(rng.choice(3, p=np.asarray(counts) / np.sum(counts)))
@@ -248,7 +249,7 @@ def compose(
 def _place(
     rng: np.random.Generator, subjects: Sequence[str], sizes: tuple[float, float], grid: int, spread: float
 ) -> tuple[Placement, ...]:
-    """One glyph anywhere; several side by side or one above the other, in cells of their own, anywhere in the cell."""
+    """One glyph anywhere; several side by side or, with spread, one above the other, anywhere in cells of their own."""
 
     def between(low: float, high: float) -> float:
         if not grid:
@@ -264,7 +265,7 @@ def _place(
     if number == 1:
         size = between(*sizes)
         return (Placement(subjects[0], somewhere(0, 1 - size), somewhere(0, 1 - size), size),)
-    across = rng.random() < 0.75
+    across = rng.random() < 1 - spread / 4
     cell = 1 / number
     placements = []
     for index, subject in enumerate(subjects):
