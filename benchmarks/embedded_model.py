@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=4.0)
     parser.add_argument("--photos", help="folder of the held-out photographs")
     parser.add_argument("--json", help="write the figures here")
-    parser.add_argument("--sheet", help="write the first 64 finished pictures here; none is picked")
+    parser.add_argument("--sheet", help="write the first 16 pictures of one glyph and of two here, finished, halved")
     parser.add_argument("--compare", help="write two photographs before and after the upscaler here, and stop")
     args = parser.parse_args()
 
@@ -209,7 +209,7 @@ def main() -> None:
     row("  the same with the captions of others", lambda: named_share(made, single[1:] + single[:1], font), share)
     row("two glyphs, both found", lambda: both_share(made_double, double, font), share)
     true_double = [glyphs.render(composition, side) for composition in double]
-    row("  the same of true composites", lambda: both_share(true_double, double, font), share)
+    row("  the same of true composites of two", lambda: both_share(true_double, double, font), share)
     row("gradient energy of the native picture against the true composite", lambda: sharpness(made, single))
     row("gradient energy of the finished picture against the true composite", lambda: sharpness(finished, single))
     row("  the same of true composites blurred to half resolution", lambda: sharpness(blurred, single))
@@ -237,9 +237,10 @@ def main() -> None:
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
     if args.sheet:
-        cells = [as_picture(picture) for picture in finished[:64]]
+        first = finished[:16] + finish(upscaler, made_double[:16])
+        cells = [as_picture(Image.fromarray(picture).reduce(2)) for picture in first]
         rows = [cells[i : i + 8] for i in range(0, len(cells), 8)]
-        sheet(rows, [composition.caption for composition in single]).save(args.sheet)
+        sheet(rows, [composition.caption for composition in single[:16] + double[:16]]).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def test_synonyms_name_one_subject_only() -> None:
 def test_the_embedded_models_subjects_are_in_the_font() -> None:
     font_or_skip()
     subjects = glyphs.read_subjects(LIST)
-    assert len(subjects) >= 200 and len(set(subjects)) == len(subjects)
+    assert len(subjects) >= 400 and len(set(subjects)) == len(subjects)
     assert set(subjects) <= set(glyphs.all_subjects())
     assert all(unicodedata.lookup(subject) for subject in subjects)
 

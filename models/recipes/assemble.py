@@ -1,4 +1,6 @@
-"""Puts the finished parts of the embedded model into one folder, UNet and upscaler in half precision.
+"""Puts the finished parts of the embedded model into one folder, in half precision.
+
+The text encoder stays as it is: transformers would load it in half precision, and a plain pipeline then fails on a CPU.
 
 python models/recipes/assemble.py DIFFUSION_MODEL VAE UPSCALER OUTPUT
 """
@@ -19,7 +21,7 @@ def main(diffusion: str, vae: str, upscaler: str, output: str) -> None:
     pipeline = DiptychPipeline.from_pretrained(
         diffusion, vae=AutoencoderKL.from_pretrained(vae), upscaler=DiptychUpscaler.from_pretrained(upscaler)
     )
-    for half in (pipeline.unet, pipeline.upscaler):
+    for half in (pipeline.vae, pipeline.unet, pipeline.upscaler):
         half.to(torch.float16)
     pipeline.save_pretrained(output)
     for name in ("words.json", "tokenizer/vocab.json", "tokenizer/merges.txt"):
